@@ -1,0 +1,1 @@
+"""One module per verb: `EXAMPLES`, `arguments(parser)` and `run(call) -> exit code`."""

@@ -1,0 +1,1 @@
+"""Values that several layers share: ids, errors, units, places, wire types. No I/O beyond reading the environment."""
