@@ -68,9 +68,6 @@ PR_CAPBSET_DROP = 24
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
-PR_SET_MM = 35
-PR_SET_MM_ARG_START = 8
-PR_SET_MM_ARG_END = 9
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -163,17 +160,15 @@ def prctl(option: int, argument: int = 0, argument2: int = 0) -> int:
     return _check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(argument2), 0, 0), f"prctl {option}")
 
 
-_titles: list[ctypes.Array[ctypes.c_char]] = []
-
-
 def set_title(title: str) -> None:
-    """What /proc/PID/cmdline and comm show, instead of host paths. Needs CAP_SYS_RESOURCE; prctl(2) PR_SET_MM."""
-    buffer = ctypes.create_string_buffer(title.encode())
-    _titles.append(buffer)
-    start = ctypes.addressof(buffer)
-    prctl(PR_SET_MM, PR_SET_MM_ARG_START, start)  # first: the heap lies below the stack, and start <= end must hold throughout
-    prctl(PR_SET_MM, PR_SET_MM_ARG_END, start + len(buffer))
-    prctl(PR_SET_NAME, start)
+    """What /proc/PID/cmdline and comm show, instead of host paths: written over the arguments the kernel remembers; proc_pid_stat(5)."""
+    with open("/proc/self/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    room = end - start
+    ctypes.memmove(start, title.encode()[: room - 1].ljust(room, b"\0"), room)
+    name = ctypes.create_string_buffer(title.encode()[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(name))
 
 
 def join_new_session_keyring() -> None:
