@@ -1,8 +1,9 @@
 """HTTP/1.1 over the control socket, by hand: `http.client` alone would cost half of the start-up time.
 
-`Answer` parses a response from whatever pieces arrive and does no I/O. `Exchange` is one request on its own connection whose
-body can be read as it comes, with a deadline, beside other descriptors in a `select`. `Client` is what verbs use. Nothing is
-retried here: whether a lost answer may be asked for again is known to the caller alone.
+`Answer` parses a response from whatever pieces arrive and does no I/O. `Exchange` is one request on its own
+connection whose body can be read as it comes, with a deadline, beside other descriptors in a `select`.
+`Client` is what verbs use. Nothing is retried here: whether a lost answer may be asked for again is known
+to the caller alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agentd.cli.failures import Failure, Refusal, Unreachable
+from agentd.cli.failures import AnswerLost, Failure, Refusal, Unreachable
 from agentd.core.places import Places
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -60,7 +61,9 @@ class Answer:
         self.complete = False
         self._raw = bytearray()
         self._body = bytearray()
-        self._left: int | None = None  # bytes of this body or chunk still to come; None: until the connection ends
+        self._left: int | None = (
+            None  # bytes of this body or chunk still to come; None: until the connection ends
+        )
         self._chunked = False
         self._stage = "head"
 
@@ -78,14 +81,14 @@ class Answer:
         """The connection ended.
 
         Raises:
-            Unreachable: in the middle of the answer.
+            AnswerLost: in the middle of the answer.
         """
         if self.complete:
             return
         if self.status is not None and self._stage == "body" and self._left is None:
             self.complete = True
             return
-        raise Unreachable("cannot read the daemon's answer: the connection ended in the middle of it")
+        raise AnswerLost("cannot read the daemon's answer: the connection ended in the middle of it")
 
     def take(self) -> bytes:
         """The body bytes decoded since the last call."""
@@ -114,18 +117,20 @@ class Answer:
                 line = self._line()
                 if line is None:
                     return False
-                try:
-                    self._left = int(line.split(b";")[0].strip(), 16)
-                except ValueError:
-                    raise Failure(f"cannot read the daemon's answer: {line[:40]!r} is not a chunk size") from None
+                digits = line.split(b";")[0].strip().decode("latin-1")
+                if not digits or set(digits) - set("0123456789abcdefABCDEF"):
+                    raise Failure(f"cannot read the daemon's answer: {line[:40]!r} is not a chunk size")
+                self._left = int(digits, 16)
                 self._stage = "body" if self._left else "trailer"
                 return True
             case "chunk end":
                 line = self._line()
+                if line is None:
+                    return False
                 if line:
                     raise Failure("cannot read the daemon's answer: a chunk is longer than it says")
                 self._stage = "size"
-                return line is not None
+                return True
             case _:
                 line = self._line()
                 self.complete = line == b""
@@ -190,7 +195,9 @@ class Exchange:
     def __enter__(self) -> Exchange:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def fileno(self) -> int:
@@ -215,7 +222,7 @@ class Exchange:
         """The next bytes of the body; b"" once it is complete; None when none came in time.
 
         Raises:
-            Unreachable: the connection ended in the middle of the answer.
+            AnswerLost: the connection ended in the middle of the answer.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -229,7 +236,7 @@ class Exchange:
             try:
                 data = self._socket.recv(65536)
             except OSError as error:
-                raise Unreachable(f"cannot read the daemon's answer: {error.strerror or error}") from error
+                raise AnswerLost(f"cannot read the daemon's answer: {error.strerror or error}") from error
             if data:
                 self._answer.feed(data)
             else:
@@ -247,7 +254,8 @@ class Exchange:
             piece = self.receive(max(0.0, deadline - time.monotonic()))
             if piece is None:
                 raise Unreachable(
-                    f"cannot reach the daemon: no answer within {timeout_s:g} s", hint="journalctl -u agentd shows what it does"
+                    f"cannot reach the daemon: no answer within {timeout_s:g} s",
+                    hint="journalctl -u agentd shows what it does",
                 )
             if not piece:
                 return bytes(found)
@@ -273,16 +281,20 @@ class Client:
         if payload or method == "POST":
             head += f"Content-Length: {len(payload)}\r\n"
         connection = self._connect(timeout_s)
-        # A daemon that refuses a body early closes its end while we still write: the answer is there all the same.
+        # A daemon that refuses a body early closes its end while we still write: its answer is there anyway.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             try:
                 connection.sendall(head.encode("ascii") + b"\r\n" + payload)
             except TimeoutError as error:
                 connection.close()
-                raise Unreachable(f"cannot reach the daemon: it took nothing within {timeout_s:g} s") from error
+                raise Unreachable(
+                    f"cannot reach the daemon: it took nothing within {timeout_s:g} s"
+                ) from error
         return Exchange(connection)
 
-    def call(self, method: str, where: str, body: object = None, *, timeout_s: float = 30.0) -> dict[str, Any]:
+    def call(
+        self, method: str, where: str, body: object = None, *, timeout_s: float = 30.0
+    ) -> dict[str, Any]:
         """The JSON object of a 2xx answer.
 
         Raises:
@@ -307,7 +319,9 @@ class Client:
                 try:
                     connection.connect(where)
                     return connection
-                except BlockingIOError:  # the listener's backlog is full: on AF_UNIX nothing tells when it is not
+                except (
+                    BlockingIOError
+                ):  # the listener's backlog is full: on AF_UNIX nothing tells when it is not
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.01)
@@ -334,7 +348,10 @@ def answered(status: int, raw: bytes) -> dict[str, Any]:
         error = found.get("error") if isinstance(found, dict) else None
         raise Refusal(status, error if isinstance(error, dict) else {})
     if not isinstance(found, dict):
-        raise Failure("cannot read the daemon's answer: it is not a JSON object", hint="is something else listening there?")
+        raise Failure(
+            "cannot read the daemon's answer: it is not a JSON object",
+            hint="is something else listening there?",
+        )
     return found
 
 
@@ -343,7 +360,11 @@ def _unreachable(path: Path, error: OSError) -> Unreachable:
     systemd = Path("/run/systemd/system").is_dir()
     below = os.environ.get("AGENTD_ROOT")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        start = "start it with `systemctl start agentd`" if systemd else "start it with `sudo ./scripts/quickstart`"
+        start = (
+            "start it with `systemctl start agentd`"
+            if systemd
+            else "start it with `sudo ./scripts/quickstart`"
+        )
         if os.environ.get("AGENTD_SOCKET"):
             where = "AGENTD_SOCKET names this path"
         elif below:
@@ -358,9 +379,14 @@ def _unreachable(path: Path, error: OSError) -> Unreachable:
             hint=f"`sudo usermod -aG {group} $USER` and log in again, or use sudo",
         )
     if isinstance(error, ConnectionRefusedError):
-        look = "`systemctl status agentd` says why, " if systemd else "`sudo ./scripts/quickstart` starts it again, "
+        look = (
+            "`systemctl status agentd` says why, "
+            if systemd
+            else "`sudo ./scripts/quickstart` starts it again, "
+        )
         return Unreachable(
-            f"cannot reach the daemon: nothing listens on {path} any more", hint=look + "`agentctl doctor` checks the host"
+            f"cannot reach the daemon: nothing listens on {path} any more",
+            hint=look + "`agentctl doctor` checks the host",
         )
     return Unreachable(f"cannot reach the daemon: {path}: {error.strerror or error}")
 

@@ -2,7 +2,8 @@
 
     Failure                 1    the daemon said no, a file cannot be written
     ├── UsageFailure        2    mend the command line or the task file
-    ├── Unreachable         69   the daemon does not answer, or stopped in the middle of an answer
+    ├── Unreachable         69   the daemon does not answer
+    │   └── AnswerLost           it began to, so it was there a moment ago
     └── Refusal             by status and code of the daemon's error object
 
 The numbers are those of sysexits.h, systemctl and docker, where these have one.
@@ -52,6 +53,12 @@ class Unreachable(Failure):
 
     exit_code = EXIT_UNREACHABLE
     code = "unreachable"
+
+
+class AnswerLost(Unreachable):
+    """The connection ended before the answer did."""
+
+    code = "answer_lost"
 
 
 class Refusal(Failure):

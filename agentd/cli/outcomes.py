@@ -7,7 +7,8 @@
     125      agentd could not start it (as `docker run`)
     128 + n  killed by signal n
 
-A task may exit with one of these itself; a script that must tell them apart reads `state` and `reason` with `--json`.
+A task may exit with one of these itself; a script that must tell them apart reads `state` and `reason` with
+`--json`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-STATES = ("queued", "starting", "running", "paused", "finishing", "succeeded", "failed", "cancelled", "expired")
+STATES = (
+    "queued",
+    "starting",
+    "running",
+    "paused",
+    "finishing",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "expired",
+)
 ENDED = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
 EXIT_LOST = 120

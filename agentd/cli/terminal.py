@@ -1,9 +1,10 @@
 """How things look: colour, alignment, ages, and text from tasks made harmless.
 
-Names, progress texts and messages come from untrusted programs. In tables, status lines and messages every control character
-of theirs is shown as an escape, so that none reaches the terminal. The *output* of a task is another matter: `logs` and `run` pass its
-bytes as they are, like docker and journalctl -o cat, since colours and progress bars are what people expect of it. Who reads
-the output of a program they do not trust at all pipes it through `less` or uses `--json`.
+Names, progress texts and messages come from untrusted programs. In tables, status lines and messages every
+control character of theirs is shown as an escape, so that none reaches the terminal. The *output* of a task
+is another matter: `logs` and `run` pass its bytes as they are, like docker and journalctl -o cat, since
+colours and progress bars are what people expect of it. Who reads the output of a program they do not trust
+at all pipes it through `less` or uses `--json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 from agentd.core.units import format_duration, format_size
 
-# C0, DEL, C1; marks that reorder text (UAX #9); line and paragraph separators; lone surrogates, which no encoding takes.
+# C0, DEL, C1; marks that reorder text (UAX #9); line separators; lone surrogates, which no encoding takes.
 _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLORS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1"}
 STATE_COLORS = {
@@ -39,7 +40,9 @@ def harmless(text: object) -> str:
 
     def written(found: re.Match[str]) -> str:
         code = ord(found[0])
-        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (
+            f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+        )
 
     return _HARMFUL.sub(written, str(text))
 
@@ -51,7 +54,8 @@ def width(text: str) -> int:
     import unicodedata
 
     return sum(
-        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1
+        for one in text
     )
 
 
@@ -139,7 +143,9 @@ class Terminal:
 
         self.line(json.dumps(value, ensure_ascii=not self.unicode))
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> None:
+    def table(
+        self, header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None
+    ) -> None:
         """Writes aligned columns; the cells are harmless already."""
         sizes = [max(width(row[index]) for row in (header, *rows)) for index in range(len(header))]
         for number, row in enumerate((header, *rows)):

@@ -234,13 +234,14 @@ class Server:
             case "listen":
                 fields.end()
                 _, gateway = self._ready()
-                found = [one.fileno() for one in gateway.listen(addresses.AGENT_API_PORT)]
-                return {}, found, found
+                listening = [one.fileno() for one in gateway.listen(addresses.AGENT_API_PORT)]
+                return {}, listening, listening
             case "workspace":
                 name = fields.name("id")
                 fields.end()
-                self._workspaces.create(name)
-                return {"path": str(self._workspaces.path / name)}, [], []
+                slot = self._workspaces.create(name)
+                found_at = {"address4": addresses.slot_address4(slot), "address6": addresses.slot_address6(slot)}
+                return {"path": str(self._workspaces.path / name), **found_at}, [], []
             case "put":
                 name = fields.name("id")
                 path = wire.relative_path(fields.text("path"), "path")

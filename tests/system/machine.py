@@ -53,6 +53,13 @@ SHUTDOWN_TIMEOUT_S = 60.0
 KVM_PROBE_TIMEOUT_S = 15.0
 CONSOLE_TAIL_LINES = 40
 
+ACCELERATION = {
+    "kvm": ("-accel", "kvm", "-cpu", "host"),
+    # x86-64-v2, which the wheels ask for, and no more: "max" has features that this emulator gets wrong
+    # (seen with qemu 7.2: corrupt mount tables, lock-ups in the kernel's crypto self-tests).
+    "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"),
+}
+
 # Kills the qemu whose pid it read last and removes the folder, once we are gone (the pipe's end says so) or
 # close it ourselves. The command line is compared, so that a pid used again by another program is safe.
 WATCHDOG = """
@@ -163,7 +170,7 @@ def accelerator(image: Image) -> str:
 def _boots_under_kvm(image: Image) -> bool:
     deadline = time.monotonic() + KVM_PROBE_TIMEOUT_S
     qemu = subprocess.Popen(
-        ["qemu-system-x86_64", "-machine", "pc,accel=kvm", "-cpu", "host", "-smp", "2", "-m", "512",
+        ["qemu-system-x86_64", "-machine", "pc", *ACCELERATION["kvm"], "-smp", "2", "-m", "512",
          "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
          "-kernel", str(image.kernel), "-initrd", str(image.initrd),
          "-append", "console=ttyS0 panic=-1 rdinit=/bin/sh"],
@@ -201,7 +208,7 @@ class _Running:
 
     qemu: subprocess.Popen[bytes]
     control: socket.socket
-    master: bool = False
+    master: subprocess.Popen[bytes] | None = None
     lines: IO[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,7 +220,7 @@ class _Running:
             self.lines.write(json.dumps({"execute": execute, "arguments": arguments}) + "\n")
             self.lines.flush()
             for line in self.lines:
-                answer = json.loads(line)
+                answer = json.loads(line)  # or a greeting or an event, which are passed over
                 if "return" in answer:
                     return answer["return"]
                 if "error" in answer:
@@ -238,7 +245,7 @@ class Machine:
         self.image = image or Image.built()
         self.memory_mib = memory_mib
         self.cpus = cpus
-        self.accelerator = "unknown"
+        self.accelerator = "tcg"
         self.boot_s = 0.0  # how long the last boot took
         self._folder = Path()
         self._watchdog: subprocess.Popen[str] | None = None
@@ -305,7 +312,8 @@ class Machine:
         """How `command` ended, a line for bash run as root in /root.
 
         Raises CommandFailed unless it ended with 0 or `check` is false, and CommandTimedOut after
-        `timeout_s`, when the command and what it started in its process group have been killed.
+        `timeout_s`, when the command and what it started in its process group have been killed; MachineOff
+        if the machine goes off (or reboots, which ends qemu) before the command does.
         """
         given = input.encode() if isinstance(input, str) else input
         rc, out, err = self._ssh(command, given, timeout_s)
@@ -317,7 +325,7 @@ class Machine:
     def interact(self, command: str | None) -> int:
         """The exit status of `command` (or of a login shell) on this process's own terminal and streams."""
         terminal = ["-t"] if os.isatty(0) and os.isatty(1) else []
-        line = [] if command is None else [f"bash -c {shlex.quote(command)}"]
+        line = [] if command is None else [f"bash -c {shlex.quote(command)}; exit $?"]
         self._require_on()
         return subprocess.run([*self._ssh_argv(), *terminal, "vm", *line], check=False).returncode
 
@@ -330,16 +338,19 @@ class Machine:
         else:
             rename = f"s,^.*$,{_tar_literal(target.name)},"
             argv = ["tar", "-C", str(source.parent), "--owner=0", "--group=0", f"--transform={rename}",
-                    "-cf", "-", "--", source.name]  # fmt: skip
+                    "-cf", "-", "--no-unquote", "--", source.name]  # fmt: skip
             self._send(argv, f"mkdir -p {_q(target.parent)} && tar -C {_q(target.parent)} -xf -", local)
 
     def put_checkout(self, root: Path) -> None:
         """GUEST_CHECKOUT holds what git tracks or would track of the working tree at `root`, and nothing else."""
-        listed = subprocess.run(
+        listing = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard", "-z"],
-            check=True, stdout=subprocess.PIPE,
-        ).stdout.split(b"\0")  # fmt: skip
+            check=False, capture_output=True,
+        )  # fmt: skip
+        if listing.returncode != 0:
+            raise MachineError(f"cannot list the checkout {root}: {listing.stderr.decode(errors='replace').strip()}")
         # A file deleted but not yet staged is still listed.
+        listed = listing.stdout.split(b"\0")
         there = [name for name in listed if name and os.path.lexists(os.path.join(os.fsencode(root), name))]
         argv = ["tar", "-C", str(root), "--owner=0", "--group=0", "--null", "-T", "-", "-cf", "-"]
         checkout = _q(Path(GUEST_CHECKOUT))
@@ -351,7 +362,7 @@ class Machine:
         source, target = Path(remote), Path(local)
         if os.path.lexists(target):
             raise MachineError(f"cannot get {remote}: {target} is there already")
-        command = f"tar -C {_q(source.parent)} -cf - -- {_q(Path(source.name))}"
+        command = f"tar -C {_q(source.parent)} -cf - --no-unquote -- {_q(Path(source.name))}"
         rc, archive, err = self._ssh(command, None, COPY_TIMEOUT_S)
         if rc != 0:
             raise MachineError(f"cannot get {remote}: {err.decode(errors='replace').strip()}")
@@ -422,18 +433,17 @@ class Machine:
     def _qemu_argv(self, control_fd: int) -> list[str]:
         # Not cache=unsafe: a synced write must be in the overlay's tables when qemu is killed.
         disk = "if=none,format={},id={},file={}"
-        accel = "kvm" if self.accelerator == "kvm" else "tcg,thread=multi,tb-size=512"
         key = (self._folder / "key.pub").read_text().strip()
         kernel_line = (
             "console=ttyS0 root=/dev/vda rw rootwait fsck.mode=skip loglevel=4 net.ifnames=0 panic=-1 "
             "mitigations=off random.trust_cpu=on tsc=reliable no_timer_check "
-            "systemd.show_status=error "
+            "systemd.show_status=error modprobe.blacklist=ata_piix,psmouse,pcspkr,drm "
             f'"systemd.set_credential=ssh.authorized_keys.root:{key}"'
         )
         argv = [
             "qemu-system-x86_64", "-name", "agentd-vm", "-nodefaults", "-no-user-config", "-display", "none",
-            "-no-reboot", "-machine", "pc,usb=off,vmport=off,hpet=off", "-accel", accel,
-            "-cpu", "host" if self.accelerator == "kvm" else "max",
+            "-no-reboot", "-machine", "pc,usb=off,vmport=off,hpet=off",
+            *ACCELERATION[self.accelerator],
             "-smp", str(self.cpus), "-m", str(self.memory_mib),
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd), "-append", kernel_line,
             "-chardev", f"file,id=console,append=on,path={self._console_path}", "-serial", "chardev:console",
@@ -451,10 +461,11 @@ class Machine:
 
     def _forwarded_port(self) -> int:
         assert self._running
-        if not self._running.lines.readline():
-            raise BootFailed(self._with_console("qemu ended at once"))
-        self._running.ask("qmp_capabilities")
-        connections = self._running.ask("human-monitor-command", **{"command-line": "info usernet"})
+        try:
+            self._running.ask("qmp_capabilities")
+            connections = self._running.ask("human-monitor-command", **{"command-line": "info usernet"})
+        except BootFailed as error:
+            raise BootFailed(self._with_console(str(error))) from None
         if not (found := re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", str(connections))):
             raise BootFailed(f"cannot find the forwarded port in qemu's answer: {connections}")
         return int(found[1])
@@ -487,21 +498,21 @@ class Machine:
         }  # fmt: skip
         text = "Host vm\n" + "".join(f"    {name} {value}\n" for name, value in options.items())
         (self._folder / "ssh_config").write_text(text)
-        # ssh's own file, not a pipe: the master keeps its streams open for as long as it lives.
-        with (self._folder / "ssh.log").open("w+") as log:
-            argv = [*self._ssh_argv(), "-o", "ControlMaster=yes", "-f", "-N", "vm"]
-            try:
-                status = subprocess.run(
-                    argv, check=False, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, timeout=max(deadline - time.monotonic(), 1),
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                status = None
-            if status != 0:
-                log.seek(0)
-                raise BootFailed(self._with_console(f"SSH did not let us in: {log.read().strip()}"))
+        master_path = self._folder / "master"
+        master_path.unlink(missing_ok=True)
+        with (self._folder / "ssh.log").open("wb") as log:
+            master = subprocess.Popen(
+                [*self._ssh_argv(), "-o", "ControlMaster=yes", "-N", "vm"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
         assert self._running
-        self._running.master = True
+        self._running.master = master
+        # The socket appears once the master is let in.
+        while not master_path.exists():
+            if master.poll() is not None or time.monotonic() > deadline:
+                said = (self._folder / "ssh.log").read_text(errors="replace").strip()
+                raise BootFailed(self._with_console(f"SSH did not let us in: {said}"))
+            time.sleep(0.05)
 
     def _with_console(self, cause: str) -> str:
         qemu_said = (self._folder / "qemu.log").read_text(errors="replace").strip()
@@ -520,7 +531,8 @@ class Machine:
     def _ssh(self, command: str, given: bytes | None, timeout_s: float) -> tuple[int, bytes, bytes]:
         self._require_on()
         # The guest keeps the deadline: killing ssh here would leave the command running there.
-        line = f"timeout -s KILL {timeout_s:.3f} bash -c {shlex.quote(command)}"
+        # The status is said by a shell, since a signal's would reach us as ssh's own 255.
+        line = f"timeout -s KILL {max(timeout_s, 0.001):.3f} bash -c {shlex.quote(command)}; exit $?"
         started = time.monotonic()
         ssh = subprocess.Popen(
             [*self._ssh_argv(), "vm", line],
@@ -537,12 +549,23 @@ class Machine:
             ssh.kill()
             ssh.communicate()
             raise
-        # timeout's own end by KILL reaches us as 137.
+        # timeout dies by the KILL it sends.
         if ssh.returncode == 137 and time.monotonic() - started >= timeout_s:
             raise CommandTimedOut(self._timed_out(command, timeout_s, out, err))
-        if ssh.returncode == 255 and not self.is_on:
-            raise MachineOff(f"cannot end {command!r}: the machine went off meanwhile")
+        if ssh.returncode == 255 and self._has_gone():
+            raise MachineOff(f"cannot wait for {command!r}: the machine went off meanwhile")
         return ssh.returncode, out, err
+
+    def _has_gone(self) -> bool:
+        """Whether ssh's 255 was its own: then the master connection has ended or is about to."""
+        running = self._running
+        if running is None or running.master is None:
+            return True
+        try:
+            running.master.wait(1)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     @staticmethod
     def _timed_out(command: str, timeout_s: float, out: bytes, err: bytes) -> str:
@@ -566,8 +589,8 @@ class Machine:
             return
         running, self._running = self._running, None
         if running.master:
-            # Its connection is dead already; this makes it notice now.
-            subprocess.run([*self._ssh_argv(), "-O", "exit", "vm"], check=False, capture_output=True)
+            running.master.kill()
+            running.master.wait()
         running.qemu.wait()
         self._tell_watchdog(0)
         running.close()

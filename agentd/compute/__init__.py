@@ -1,0 +1,1 @@
+"""Layer 0: what the host has, and what may be admitted to it."""
