@@ -8,6 +8,7 @@ Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -107,6 +108,21 @@ def find(name: str, delegated: str | None) -> Roots:
         if controller in v1 and controller not in available
     }
     return Roots(root, hybrid)
+
+
+def remember(roots: Roots, record: Path) -> None:
+    """Keep where our groups are: a later warden may be started in another group and must find them all the same."""
+    record.write_text(json.dumps({"unified": str(roots.unified), "v1": {name: str(path) for name, path in roots.v1.items()}}))
+
+
+def recall(record: Path) -> Roots | None:
+    """The roots an earlier warden used, if they still exist."""
+    try:
+        raw = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return None
+    roots = Roots(Path(raw["unified"]), {name: Path(path) for name, path in raw["v1"].items()})
+    return roots if all(path.is_dir() for path in (roots.unified, *roots.v1.values())) else None
 
 
 def prepare(roots: Roots) -> None:

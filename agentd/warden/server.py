@@ -66,7 +66,9 @@ class Server:
     def _prepare(self) -> None:
         if os.geteuid() != 0:
             raise HostLacks("cannot make sandboxes: the warden is not root", hint="start it through systemd or scripts/quickstart")
-        roots = cgroups.find(f"agentd-{os.stat(self._run).st_ino:x}", self._config.cgroup)
+        record = self._run / "cgroups.json"
+        roots = None if self._config.cgroup else cgroups.recall(record)
+        roots = roots or cgroups.find(f"agentd-{os.stat(self._run).st_ino:x}", self._config.cgroup)
         residents: list[int] = []
         if self._config.cgroup:
             for leaf in (roots.unified, roots.unified / "holder"):
@@ -76,6 +78,7 @@ class Server:
                 raise HostLacks(f"cannot use the control group {self._config.cgroup}: nothing holds it", hint="systemctl start agentd-sandboxes.service")
         try:
             cgroups.prepare(roots)
+            cgroups.remember(roots, record)
         except OSError as error:
             raise HostLacks(f"cannot make control groups below {roots.unified}: {error.strerror}", hint="the control group must be delegated and writable") from error
         holder = find_holder(self._run, residents)
@@ -220,6 +223,19 @@ class Server:
 
     # -- what may be asked ---------------------------------------------------------------------------------------------
 
+    def remove_groups(self) -> None:
+        """Take the empty control groups away."""
+        if self._roots is not None:
+            cgroups.remove_roots(self._roots)
+
+    def parts(self) -> tuple[Sandboxes, Gateway]:
+        """Sandboxes and gateway.
+
+        Raises:
+            HostLacks: the host cannot make sandboxes; the first problem says why.
+        """
+        return self._ready()
+
     def _ready(self) -> tuple[Sandboxes, Gateway]:
         if self._sandboxes is None or self._gateway is None or self._problems:
             first = self._problems[0] if self._problems else {"message": "the warden is not ready", "hint": ""}
@@ -319,6 +335,20 @@ class Server:
                 "cgroup": str(self._roots.unified) if self._roots else "",
             },
         }
+
+
+def end(places: Places, config: WardenConfig) -> None:
+    """End every sandbox and take away everything a warden has made in the kernel. No warden may be running."""
+    server = Server(places, config)
+    sandboxes, gateway = server.parts()
+    for sandbox in list(sandboxes.live.values()):
+        sandboxes.collect(sandbox)
+    sandboxes.close()
+    server.remove_groups()
+    if not config.cgroup:
+        os.kill(gateway.holder_pid, signal.SIGTERM)
+        (places.warden_run / "holder").unlink(missing_ok=True)
+    say(6, "everything has ended")
 
 
 def skeleton_text() -> str:
