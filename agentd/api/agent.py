@@ -125,7 +125,7 @@ class AgentApi:
 
     async def _get_result(self, request: web.Request) -> web.StreamResponse:
         found = self._tasks.result(self._record(request))
-        return ok({"result": found.json, "text": found.text})
+        return ok({"result": msgspec.Raw(found.json), "text": found.text})
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

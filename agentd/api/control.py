@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from agentd.api.answers import body_of, errors, number, ok
@@ -125,7 +126,7 @@ class ControlApi:
     async def _result(self, request: web.Request) -> web.StreamResponse:
         record = self._tasks.find(request.match_info["id"], self._who(request))
         found = self._tasks.result(record)
-        return ok({"id": record.id, "state": record.life.state, "result": found.json, "text": found.text})
+        return ok({"id": record.id, "state": record.life.state, "result": msgspec.Raw(found.json), "text": found.text})
 
     async def _stop(self, request: web.Request) -> web.StreamResponse:
         record = self._tasks.find(request.match_info["id"], self._who(request))

@@ -70,7 +70,7 @@ class Record(msgspec.Struct):
 class Result(msgspec.Struct, frozen=True):
     """What a task left as its result: any JSON, or text."""
 
-    json: msgspec.Raw
+    json: bytes
     text: str | None
     time: float
 

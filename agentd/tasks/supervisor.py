@@ -696,7 +696,7 @@ class Tasks:
     async def set_result(self, record: Record, value: bytes, text: str | None) -> None:
         """Keep its result; a later one replaces it."""
         record.has_result = True
-        await self._store.save_result(record, Result(msgspec.Raw(value), text, self._clock()))
+        await self._store.save_result(record, Result(value, text, self._clock()))
 
     async def record_call(self, call: Call) -> None:
         """Enter a model call into the ledger."""

@@ -28,14 +28,9 @@ need_packages() {
     done
     [ ${#missing[@]} = 0 ] && return
     [ "$(id -u)" = 0 ] || die "install ${missing[*]}" "run: sudo apt-get install ${missing[*]}"
-    local log
-    log=$(mktemp)
-    if ! { DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
-        { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"; }; } >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        die "install ${missing[*]}" "apt-get said the above"
-    fi
-    rm -f "$log"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 && return
+    quietly "read the package lists" apt-get update -q
+    quietly "install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 }
 
 # shellcheck disable=SC2034 # the scripts that source this use it
@@ -76,9 +71,22 @@ choose_python() {
     die "find a Python of at least 3.11 that an unprivileged user can execute" "apt-get install python3 python3-venv"
 }
 
+# quietly WHAT COMMAND… — runs it without its chatter; shows the end of that, and stops, when it fails.
+quietly() {
+    local what=$1 log
+    shift
+    log=$(mktemp)
+    if ! "$@" >"$log" 2>&1; then
+        tail -n 30 "$log" >&2
+        rm -f "$log"
+        die "$what" "${1##*/} said the above"
+    fi
+    rm -f "$log"
+}
+
 # make_venv DIRECTORY EXTRA — the environment with agentd (editable) and its packages; nothing happens when it is as it should be.
 make_venv() {
-    local directory=$1 extra=$2 python stamp log
+    local directory=$1 extra=$2 python stamp
     python=$(choose_python)
     stamp=$( (
         readlink -f "$python"
@@ -87,15 +95,10 @@ make_venv() {
     ) | sha256sum | cut -d' ' -f1)
     [ "$(cat "$directory/.agentd-stamp" 2>/dev/null)" = "$stamp" ] && return
     say "building the virtual environment with $python (a minute or two the first time)"
-    log=$(mktemp)
     if ! { [ -x "$directory/bin/python" ] && [ "$(readlink -f "$directory/bin/python")" = "$(readlink -f "$python")" ]; }; then
         rm -rf "$directory"
-        "$python" -m venv "$directory" >"$log" 2>&1 || { cat "$log" >&2; die "make a virtual environment with $python"; }
+        quietly "make a virtual environment" "$python" -m venv "$directory"
     fi
-    if ! "$directory/bin/python" -m pip install --disable-pip-version-check -q -e "$ROOT$extra" >"$log" 2>&1; then
-        tail -n 30 "$log" >&2
-        die "install agentd's Python packages" "pip said the above"
-    fi
-    rm -f "$log"
+    quietly "install agentd's Python packages" "$directory/bin/python" -m pip install --disable-pip-version-check -q -e "$ROOT$extra"
     printf '%s\n' "$stamp" >"$directory/.agentd-stamp"
 }
