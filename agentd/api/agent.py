@@ -65,7 +65,11 @@ class AgentApi:
         if caller is None:
             message = "cannot tell which task this is: send the token in AGENTD_TOKEN as a bearer token"
             if request.path.startswith("/openai/"):
-                return web.Response(status=401, body=error_body(message, "authentication_error", "invalid_api_key"), content_type="application/json")
+                return web.Response(
+                    status=401,
+                    body=error_body(message, "authentication_error", "invalid_api_key"),
+                    content_type="application/json",
+                )
             return ok({"error": {"code": "not_authenticated", "message": message}}, 401)
         request[CALLER] = caller
         return await handler(request)
@@ -75,7 +79,15 @@ class AgentApi:
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request)
-        return ok({"task": record.id, "openai": "/openai/v1", "memory": "/v1/memory/{task,user}/KEY", "result": "/v1/result", "progress": "/v1/task/progress"})
+        return ok(
+            {
+                "task": record.id,
+                "openai": "/openai/v1",
+                "memory": "/v1/memory/{task,user}/KEY",
+                "result": "/v1/result",
+                "progress": "/v1/task/progress",
+            }
+        )
 
     async def _task(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request)
@@ -101,8 +113,12 @@ class AgentApi:
         if not isinstance(text, str):
             raise InvalidField("cannot take the progress: text is not a string", field="text")
         fraction = body.get("fraction")
-        if fraction is not None and (not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction <= 1):
-            raise InvalidField(f"cannot take the progress: fraction: {str(fraction)[:40]} is not from 0 to 1", field="fraction")
+        if fraction is not None and (
+            not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction <= 1
+        ):
+            raise InvalidField(
+                f"cannot take the progress: fraction: {str(fraction)[:40]} is not from 0 to 1", field="fraction"
+            )
         await self._tasks.set_progress(record, text[:PROGRESS_LIMIT], fraction)
         return ok({"ok": True})
 
@@ -110,10 +126,19 @@ class AgentApi:
         record = self._record(request)
         raw = await request.read()
         if len(raw) > RESULT_LIMIT_BYTES:
-            raise TooLarge(f"cannot take the result: {len(raw)} bytes are over the limit of {RESULT_LIMIT_BYTES}", hint="write it to a file in the workspace")
+            raise TooLarge(
+                f"cannot take the result: {len(raw)} bytes are over the limit of {RESULT_LIMIT_BYTES}",
+                hint="write it to a file in the workspace",
+            )
         if request.content_type == "application/json":
             value: Any = await body_of(request, "take the result")
-            text = value if isinstance(value, str) else value.get("text") if isinstance(value, dict) and isinstance(value.get("text"), str) else None
+            text = (
+                value
+                if isinstance(value, str)
+                else value.get("text")
+                if isinstance(value, dict) and isinstance(value.get("text"), str)
+                else None
+            )
             await self._tasks.set_result(record, msgspec.json.encode(value), text)
         else:
             try:
@@ -134,7 +159,9 @@ class AgentApi:
         try:
             scope = Scope(request.match_info["scope"])
         except ValueError:
-            raise NotFound(f"cannot use memory scope {request.match_info['scope'][:40]!r}: there are {', '.join(Scope)}") from None
+            raise NotFound(
+                f"cannot use memory scope {request.match_info['scope'][:40]!r}: there are {', '.join(Scope)}"
+            ) from None
         owner = record.id if scope is Scope.TASK else f"{record.spec.tenant}/{record.user}"
         return scope, owner, record
 
@@ -142,15 +169,29 @@ class AgentApi:
         scope, owner, _ = self._owner(request)
         limit = int(number(request, "limit", 1000, 1, 1000))
         found = self._memory.list(scope, owner, request.query.get("prefix", ""), limit)
-        keys = [{"key": key, "size": len(entry.value), "updated_at": entry.updated_at, "expires_at": entry.expires_at or None} for key, entry in found]
+        keys = [
+            {
+                "key": key,
+                "size": len(entry.value),
+                "updated_at": entry.updated_at,
+                "expires_at": entry.expires_at or None,
+            }
+            for key, entry in found
+        ]
         return ok({"keys": keys})
 
     async def _memory_get(self, request: web.Request) -> web.StreamResponse:
         scope, owner, _ = self._owner(request)
         entry = self._memory.get(scope, owner, request.match_info["key"])
         if entry is None:
-            raise NotFound(f"cannot recall {request.match_info['key'][:80]!r}: nothing is kept under it", code="no_such_key")
-        headers = {"Content-Type": entry.content_type, "X-Agentd-Updated-At": f"{entry.updated_at:.3f}", "X-Agentd-Writer": entry.writer}
+            raise NotFound(
+                f"cannot recall {request.match_info['key'][:80]!r}: nothing is kept under it", code="no_such_key"
+            )
+        headers = {
+            "Content-Type": entry.content_type,
+            "X-Agentd-Updated-At": f"{entry.updated_at:.3f}",
+            "X-Agentd-Writer": entry.writer,
+        }
         if entry.expires_at:
             headers["X-Agentd-Expires-At"] = f"{entry.expires_at:.3f}"
         return web.Response(body=entry.value, headers=headers)
@@ -159,7 +200,9 @@ class AgentApi:
         scope, owner, record = self._owner(request)
         ttl = number(request, "ttl_s", 0.0, 0.001, 1e9) if "ttl_s" in request.query else None
         kind = request.headers.get("Content-Type", "application/octet-stream")[:200]
-        entry = await self._memory.put(scope, owner, request.match_info["key"], await request.read(), kind, ttl, record.id)
+        entry = await self._memory.put(
+            scope, owner, request.match_info["key"], await request.read(), kind, ttl, record.id
+        )
         return ok({"key": request.match_info["key"], "size": len(entry.value), "expires_at": entry.expires_at or None})
 
     async def _memory_delete(self, request: web.Request) -> web.StreamResponse:
@@ -179,7 +222,11 @@ class AgentApi:
             try:
                 answer = await self._proxy.chat(raw, record.id, record.life.epoch, scope)
             except AgentdError as error:
-                return web.Response(status=error.status, body=error_body(error.message, "invalid_request_error", error.code), content_type="application/json")
+                return web.Response(
+                    status=error.status,
+                    body=error_body(error.message, "invalid_request_error", error.code),
+                    content_type="application/json",
+                )
             if answer.stream is None:
                 return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
             response = web.StreamResponse(status=answer.status, headers=answer.headers)

@@ -40,13 +40,18 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return refused(TooLarge(f"cannot read the request: the body is over {request.app._client_max_size} bytes"))
     except web.HTTPException as error:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        found = RequestError(f"cannot {request.method} {request.path}: {error.reason}", code=codes.get(error.status, "invalid_request"))
+        found = RequestError(
+            f"cannot {request.method} {request.path}: {error.reason}", code=codes.get(error.status, "invalid_request")
+        )
         return ok({"error": found.as_dict()}, error.status)
     except (ConnectionResetError, TimeoutError):
         raise
     except Exception:
         log.exception("a request met a bug", path=request.path, method=request.method)
-        return ok({"error": {"code": "internal", "message": "cannot answer: agentd met a bug; the journal has the details"}}, 500)
+        return ok(
+            {"error": {"code": "internal", "message": "cannot answer: agentd met a bug; the journal has the details"}},
+            500,
+        )
 
 
 async def body_of(request: web.Request, what: str) -> Any:
@@ -69,5 +74,8 @@ def number(request: web.Request, name: str, default: float, low: float, high: fl
     except ValueError:
         found = float("nan")
     if not low <= found <= high:
-        raise RequestError(f"cannot read the request: {name}={raw[:40]!r} is not a number from {low:g} to {high:g}", code="invalid_field")
+        raise RequestError(
+            f"cannot read the request: {name}={raw[:40]!r} is not a number from {low:g} to {high:g}",
+            code="invalid_field",
+        )
     return found

@@ -104,7 +104,9 @@ class ControlApi:
         who = self._who(request)
         raw = await body_of(request, spec.DOING)
         # Parsing decodes up to 24 MiB of base64: not on the event loop.
-        parsed = spec.parse(raw) if len(str(request.content_length or 0)) < 6 else await asyncio.to_thread(spec.parse, raw)
+        parsed = (
+            spec.parse(raw) if len(str(request.content_length or 0)) < 6 else await asyncio.to_thread(spec.parse, raw)
+        )
         record = await self._tasks.submit(parsed, who)
         return ok(self._tasks.describe(record), 201)
 
@@ -132,8 +134,12 @@ class ControlApi:
         record = self._tasks.find(request.match_info["id"], self._who(request))
         body = await body_of(request, "stop the task")
         grace = body.get("grace_s") if isinstance(body, dict) else None
-        if grace is not None and (not isinstance(grace, int | float) or isinstance(grace, bool) or not 0 <= grace <= 3600):
-            raise InvalidField(f"cannot stop the task: grace_s: {grace!r} is not a number of seconds from 0 to 3600", field="grace_s")
+        if grace is not None and (
+            not isinstance(grace, int | float) or isinstance(grace, bool) or not 0 <= grace <= 3600
+        ):
+            raise InvalidField(
+                f"cannot stop the task: grace_s: {grace!r} is not a number of seconds from 0 to 3600", field="grace_s"
+            )
         await self._tasks.stop(record, grace)
         return ok(self._tasks.describe(record))
 
@@ -144,7 +150,11 @@ class ControlApi:
         try:
             wanted = signal.Signals[f"SIG{name}"]
         except KeyError:
-            raise InvalidField(f"cannot signal the task: signal: {name[:20]!r} is none", field="signal", hint="for example TERM, INT, USR1, KILL") from None
+            raise InvalidField(
+                f"cannot signal the task: signal: {name[:20]!r} is none",
+                field="signal",
+                hint="for example TERM, INT, USR1, KILL",
+            ) from None
         await self._tasks.kill(record, wanted)
         return ok(self._tasks.describe(record))
 
@@ -154,7 +164,11 @@ class ControlApi:
             return ok({"journald": {"AGENTD_TASK": record.id}})
         wanted = request.query.get("stream", "all")
         if wanted not in STREAMS:
-            raise InvalidField(f"cannot show the output: stream: {wanted[:20]!r} is none", field="stream", hint="permitted: all, stdout, stderr")
+            raise InvalidField(
+                f"cannot show the output: stream: {wanted[:20]!r} is none",
+                field="stream",
+                hint="permitted: all, stdout, stderr",
+            )
         tail = int(number(request, "tail", 0, 0, 1e9)) if "tail" in request.query else None
         offset = int(number(request, "offset", 0, 0, 2.0**53))
         follow = request.query.get("follow", "") not in ("", "0", "false")

@@ -59,7 +59,11 @@ def _gpus() -> tuple[Gpu, ...]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(Gpu(index, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), memory.total, memory.free))
+            found.append(
+                Gpu(
+                    index, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), memory.total, memory.free
+                )
+            )
         return tuple(found)
     finally:
         pynvml.nvmlShutdown()

@@ -52,12 +52,16 @@ def convert(raw: object, kind: type[T], what: str) -> T:
             near = difflib.get_close_matches(unknown[1], known, 1)
             field = f"{path}.{unknown[1]}" if path else unknown[1]
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-            raise InvalidField(f"cannot {what}: unknown field {field!r}", code="unknown_field", field=field, hint=hint) from error
+            raise InvalidField(
+                f"cannot {what}: unknown field {field!r}", code="unknown_field", field=field, hint=hint
+            ) from error
         missing = re.search(r"missing required field `([^`]*)`", text)
         if missing:
             field = f"{path}.{missing[1]}" if path else missing[1]
             raise InvalidField(f"cannot {what}: {field} is missing", field=field) from error
-        raise InvalidField(f"cannot {what}: {path + ': ' if path else ''}{cause[:1].lower() + cause[1:]}", field=path or None) from error
+        raise InvalidField(
+            f"cannot {what}: {path + ': ' if path else ''}{cause[:1].lower() + cause[1:]}", field=path or None
+        ) from error
 
 
 def from_json(body: bytes, what: str) -> Any:

@@ -2,7 +2,8 @@
 
 A request is `{"seq": n, "op": name, …}`, its answer `{"seq": n, "ok": true, …}` or `{"seq": n, "error": {…}}`, with file
 descriptors beside it by SCM_RIGHTS; an event from the warden is `{"event": name, …}`. The types here validate everything on
-arrival: the warden treats the daemon as hostile, so a request that parses is a request that may be carried out. Only the standard library, since the warden imports it.
+arrival: the warden treats the daemon as hostile, so a request that parses is a request that may be carried out.
+Only the standard library, since the warden imports it.
 """
 
 from __future__ import annotations
@@ -128,14 +129,18 @@ class Fields:
         value = self._raw.pop(key)
         if not check(value):
             raise InvalidField(
-                f"cannot read the request: {self._name(key)}: {str(value)[:80]!r} is not {wanted}", field=self._name(key)
+                f"cannot read the request: {self._name(key)}: {str(value)[:80]!r} is not {wanted}",
+                field=self._name(key),
             )
         return value
 
     def text(self, key: str, *, longest: int = 4096, default: object = ...) -> str:
         """A string without NUL."""
         found: str = self._take(
-            key, lambda v: isinstance(v, str) and len(v) <= longest and "\0" not in v, f"a string of at most {longest}", default
+            key,
+            lambda v: isinstance(v, str) and len(v) <= longest and "\0" not in v,
+            f"a string of at most {longest}",
+            default,
         )
         return found
 
@@ -168,14 +173,18 @@ class Fields:
 
     def items(self, key: str, longest: int, default: object = ...) -> list[Any]:
         """A list, its items unchecked."""
-        found: list[Any] = self._take(key, lambda v: isinstance(v, list) and len(v) <= longest, f"a list of at most {longest}", default)
+        found: list[Any] = self._take(
+            key, lambda v: isinstance(v, list) and len(v) <= longest, f"a list of at most {longest}", default
+        )
         return list(found)
 
     def strings(self, key: str, longest: int) -> tuple[str, ...]:
         """A list of strings without NUL."""
         found = self.items(key, longest)
         if not all(isinstance(v, str) and "\0" not in v for v in found) or sum(map(len, found)) > MAX_STRING:
-            raise InvalidField(f"cannot read the request: {self._name(key)} is not a list of strings", field=self._name(key))
+            raise InvalidField(
+                f"cannot read the request: {self._name(key)} is not a list of strings", field=self._name(key)
+            )
         return tuple(found)
 
     def table(self, key: str) -> Fields:
@@ -190,7 +199,10 @@ class Fields:
         """Refuse what nobody asked for."""
         if self._raw:
             key = sorted(self._raw, key=str)[0]
-            raise InvalidField(f"cannot read the request: {self._name(str(key)[:80])} is not known here", field=self._name(str(key)[:80]))
+            raise InvalidField(
+                f"cannot read the request: {self._name(str(key)[:80])} is not known here",
+                field=self._name(str(key)[:80]),
+            )
 
 
 def absolute_path(text: str, where: str) -> str:
@@ -206,7 +218,9 @@ def relative_path(text: str, where: str) -> str:
     parts = text.split("/")
     if any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts) or len(text) > 4000 or "\0" in text:
         raise InvalidField(
-            f"cannot read the request: {where}: {text[:80]!r} is not a path below the workspace", field=where, hint="write it relative, without '..'"
+            f"cannot read the request: {where}: {text[:80]!r} is not a path below the workspace",
+            field=where,
+            hint="write it relative, without '..'",
         )
     return text
 
@@ -229,7 +243,10 @@ def spec_from(fields: Fields) -> SandboxSpec:
         raise InvalidField("cannot read the request: env is not a table of strings", field="env")
     for key, value in env_raw.items():
         if not isinstance(value, str) or not _ENV_NAME.match(key) or "\0" in value:
-            raise InvalidField(f"cannot read the request: env.{key[:80]} is not a variable with a string value", field=f"env.{key[:80]}")
+            raise InvalidField(
+                f"cannot read the request: env.{key[:80]} is not a variable with a string value",
+                field=f"env.{key[:80]}",
+            )
     mounts = []
     for index, raw in enumerate(fields.items("mounts", MAX_MOUNTS, default=[])):
         one = Fields(raw, f"mounts[{index}]")

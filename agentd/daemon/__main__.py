@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
         return 78 if not argv else 1
     import uvloop
 
-    from agentd.daemon import logging, main as program
+    from agentd.daemon import logging
+    from agentd.daemon import main as program
 
     logging.set_up(settings.log.level)
     try:

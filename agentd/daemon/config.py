@@ -61,7 +61,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidField(f"cannot read {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise InvalidField(f"cannot read {path}: {error}", hint="the position is the line and column in that file") from error
+        raise InvalidField(
+            f"cannot read {path}: {error}", hint="the position is the line and column in that file"
+        ) from error
 
 
 def check(raw: dict[str, Any], what: str = "use the configuration") -> Config:
@@ -72,12 +74,20 @@ def check(raw: dict[str, Any], what: str = "use the configuration") -> Config:
     """
     config = convert(raw, Config, what)
     if config.log.level not in ("debug", "info", "warning", "error"):
-        raise InvalidField(f"cannot {what}: log.level: {config.log.level!r} is none", field="log.level", hint="permitted: debug, info, warning, error")
+        raise InvalidField(
+            f"cannot {what}: log.level: {config.log.level!r} is none",
+            field="log.level",
+            hint="permitted: debug, info, warning, error",
+        )
     try:
         if parse_size(config.log.task_limit) < 1 << 17:
             raise ValueError("below 128K")
     except ValueError as error:
-        raise InvalidField(f"cannot {what}: log.task_limit: {config.log.task_limit!r} is {error}", field="log.task_limit", hint="for example 16M") from error
+        raise InvalidField(
+            f"cannot {what}: log.task_limit: {config.log.task_limit!r} is {error}",
+            field="log.task_limit",
+            hint="for example 16M",
+        ) from error
     if config.tasks.max_running < 0 or config.tasks.max_queued < 1:
         raise InvalidField(f"cannot {what}: tasks: max_running is from 0 and max_queued from 1", field="tasks")
     Routes(config.llm)

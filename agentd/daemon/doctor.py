@@ -54,7 +54,8 @@ def reach(host, port):
     except OSError as error:
         return type(error).__name__
 note("agentd reachable", reach("{INTERNAL_NAME}", {AGENT_API_PORT}) == "open", reach("{INTERNAL_NAME}", {AGENT_API_PORT}))
-note("nothing else reachable", reach("{GATEWAY4}", 22) == "ConnectionRefusedError" and reach("192.0.2.1", 443) == "ConnectionRefusedError", reach("192.0.2.1", 443))
+nothing = reach("192.0.2.1", 443)
+note("nothing else reachable", nothing == reach("{GATEWAY4}", 22) == "ConnectionRefusedError", nothing)
 try:
     hog = bytearray(256 << 20)
     for i in range(0, len(hog), 4096): hog[i] = 1
@@ -64,7 +65,7 @@ except MemoryError:
 print(json.dumps(found), flush=True)
 """
 # The memory check is last: where the limit works the kernel ends the program there, so what was found is printed before it.
-PROGRAM = PROGRAM.replace("try:\n    hog", 'print(json.dumps(found), flush=True)\ntry:\n    hog', 1)
+PROGRAM = PROGRAM.replace("try:\n    hog", "print(json.dumps(found), flush=True)\ntry:\n    hog", 1)
 
 REMEDIES = {
     "agentd reachable": "nothing listens on agentd.internal: see journalctl -u agentd",
@@ -99,7 +100,14 @@ async def probe(warden: WardenClient) -> list[Check]:
         await warden.make_workspace(PROBE)
         _, pipes = await warden.start(spec)
     except AgentdError as error:
-        return [Check("a sandbox starts", False, error.message, error.hint or "see journalctl -u agentd-warden; in a container try scripts/quickstart --vm")]
+        return [
+            Check(
+                "a sandbox starts",
+                False,
+                error.message,
+                error.hint or "see journalctl -u agentd-warden; in a container try scripts/quickstart --vm",
+            )
+        ]
     try:
         texts = await asyncio.gather(*(asyncio.to_thread(_read_all, fd) for fd in pipes))
         status = await warden.status(PROBE, 1)
@@ -116,18 +124,36 @@ async def probe(warden: WardenClient) -> list[Check]:
 def _judge(out: str, err: str, status: wire.SandboxStatus) -> list[Check]:
     lines = out.strip().splitlines()
     if not lines:
-        return [Check("the probe runs", False, f"it printed nothing; {err.strip()[-300:]}", "python3 must be in /usr/bin")]
+        return [
+            Check("the probe runs", False, f"it printed nothing; {err.strip()[-300:]}", "python3 must be in /usr/bin")
+        ]
     checks = [Check("a sandbox starts", True, f"exit {status.exit}")]
     found = json.loads(lines[0])
     if len(lines) > 1:
         found |= {key: value for key, value in json.loads(lines[-1]).items() if key == "memory limit"}
     else:
         ended = status.exit is not None and (status.exit.signal == 9 or status.exit.oom)
-        found["memory limit"] = [ended, "the kernel ended a program that took 256M under a limit of 96M" if ended else err.strip()[-200:]]
+        found["memory limit"] = [
+            ended,
+            "the kernel ended a program that took 256M under a limit of 96M" if ended else err.strip()[-200:],
+        ]
     for name, (good, detail) in found.items():
-        checks.append(Check(name, good, detail, "" if good else REMEDIES.get(name, "report this: the sandbox is weaker than it should be")))
+        checks.append(
+            Check(
+                name,
+                good,
+                detail,
+                "" if good else REMEDIES.get(name, "report this: the sandbox is weaker than it should be"),
+            )
+        )
     counted = status.usage.memory_peak_bytes > 0 and status.usage.cpu_s > 0
-    checks.append(Check("usage is counted", counted, f"cpu {status.usage.cpu_s:.3f} s, memory peak {status.usage.memory_peak_bytes}, denied packets {status.usage.denied_packets}"))
+    checks.append(
+        Check(
+            "usage is counted",
+            counted,
+            f"cpu {status.usage.cpu_s:.3f} s, memory peak {status.usage.memory_peak_bytes}, denied packets {status.usage.denied_packets}",
+        )
+    )
     return checks
 
 
@@ -137,7 +163,7 @@ def _read_all(fd: int) -> str:
 
 
 async def _clean(warden: WardenClient) -> None:
-    for epoch in ({1} | {epoch for name, epoch in (await warden.list()).items() if name == PROBE}):
+    for epoch in {1} | {epoch for name, epoch in (await warden.list()).items() if name == PROBE}:
         try:
             await warden.collect(PROBE, epoch)
         except NotFound:
@@ -150,8 +176,18 @@ def host_checks(hello: dict[str, Any], connected: bool) -> list[Check]:
     release = platform.release()
     version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
     checks = [
-        Check("kernel", version >= LEAST_KERNEL, release, "" if version >= LEAST_KERNEL else f"agentd needs Linux {LEAST_KERNEL[0]}.{LEAST_KERNEL[1]}"),
-        Check("warden", connected, f"pid {hello.get('pid')}" if connected else "not connected", "" if connected else "systemctl status agentd-warden"),
+        Check(
+            "kernel",
+            version >= LEAST_KERNEL,
+            release,
+            "" if version >= LEAST_KERNEL else f"agentd needs Linux {LEAST_KERNEL[0]}.{LEAST_KERNEL[1]}",
+        ),
+        Check(
+            "warden",
+            connected,
+            f"pid {hello.get('pid')}" if connected else "not connected",
+            "" if connected else "systemctl status agentd-warden",
+        ),
     ]
     for problem in hello.get("problems", []):
         checks.append(Check("host", False, problem["message"], problem["hint"]))

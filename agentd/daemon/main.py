@@ -11,6 +11,7 @@ import socket
 import structlog
 from aiohttp import web
 
+from agentd import __version__
 from agentd.core.errors import AgentdError
 from agentd.core.places import Places
 from agentd.daemon import config as configuration
@@ -66,7 +67,9 @@ async def _serve_agents(daemon: wiring.Daemon) -> None:
         failed = [check for check in checks if not check.ok]
         if failed:
             first = failed[0]
-            log.error("the self-test failed: no task will start", check=first.name, detail=first.detail, remedy=first.remedy)
+            log.error(
+                "the self-test failed: no task will start", check=first.name, detail=first.detail, remedy=first.remedy
+            )
             tasks.refuse(f"the self-test failed: {first.name}: {first.detail}")
         else:
             log.info("ready", checks=len(checks))
@@ -110,7 +113,7 @@ async def serve(places: Places, config: configuration.Config) -> None:
         control.setblocking(False)
         await web.SockSite(runner, control, backlog=1024).start()
         systemd.notify("READY=1\nSTATUS=waiting for the warden")
-        log.info("started", version=wiring.agentd.__version__, pid=os.getpid())
+        log.info("started", version=__version__, pid=os.getpid())
         stopped = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait({stopped, *work[:2]}, return_when=asyncio.FIRST_COMPLETED)
         for one in done - {stopped}:
@@ -124,4 +127,3 @@ async def serve(places: Places, config: configuration.Config) -> None:
         await daemon.proxy.close()
         daemon.store.close()
         daemon.memory.close()
-

@@ -74,7 +74,11 @@ def build(places: Places, config: configuration.Config, clock: Callable[[], floa
 
     async def examine() -> dict[str, Any]:
         checks = await doctor.examine(tasks.warden, tasks.hello)
-        facts = {**tasks.hello.get("facts", {}), **msgspec.to_builtins(inventory.take(places.state)), "models": ", ".join(proxy.routes.names())}
+        facts = {
+            **tasks.hello.get("facts", {}),
+            **msgspec.to_builtins(inventory.take(places.state)),
+            "models": ", ".join(proxy.routes.names()),
+        }
         return {"ok": all(check.ok for check in checks), "checks": checks, "facts": facts}
 
     about = About(version, examine, lambda: configuration.show(config))

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from agentd.core import wire
-from agentd.core.errors import AgentdError, Broken, HostLacks, InvalidField, NotFound, RequestError, TooLarge, TryLater, WrongState
+from agentd.core.errors import (
+    AgentdError,
+    Broken,
+    HostLacks,
+    InvalidField,
+    NotFound,
+    RequestError,
+    TooLarge,
+    TryLater,
+    WrongState,
+)
 
 ANSWER_S = 30.0
 RECONNECT_S = (0.05, 1.0)
@@ -36,7 +46,9 @@ class WardenClient:
     `on_event` gets the warden's events; `on_connect` runs after every connection, before requests wait for it, to bring both sides in step.
     """
 
-    def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None], on_connect: Callable[[], Awaitable[None]]):
+    def __init__(
+        self, path: Path, on_event: Callable[[dict[str, Any]], None], on_connect: Callable[[], Awaitable[None]]
+    ):
         self._path = path
         self._on_event = on_event
         self._on_connect = on_connect
@@ -94,13 +106,17 @@ class WardenClient:
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
-                future.set_exception(TryLater("cannot reach the warden: it went away", hint="systemctl status agentd-warden"))
+                future.set_exception(
+                    TryLater("cannot reach the warden: it went away", hint="systemctl status agentd-warden")
+                )
 
     def _readable(self) -> None:
         assert self._socket is not None
         while True:
             try:
-                packet, ancillary, _, _ = self._socket.recvmsg(wire.MAX_MESSAGE_BYTES * 2, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+                packet, ancillary, _, _ = self._socket.recvmsg(
+                    wire.MAX_MESSAGE_BYTES * 2, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except OSError:
@@ -126,7 +142,9 @@ class WardenClient:
             else:
                 future.set_result((answer, fds))
 
-    async def ask(self, op: str, fields: Mapping[str, Any] | None = None, fds: list[int] | None = None) -> tuple[dict[str, Any], list[int]]:
+    async def ask(
+        self, op: str, fields: Mapping[str, Any] | None = None, fds: list[int] | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
         """Send one request and wait for its answer and the descriptors that come with it, which the caller owns.
 
         Raises:

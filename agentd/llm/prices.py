@@ -35,7 +35,9 @@ def cost_usd(usage: Usage, model: str, prices: Mapping[str, Price], *, free: boo
     """Dollars, or None when the price is unknown. A dated name (`gpt-4o-2024-08-06`) has its family's price."""
     if free:
         return 0.0
-    price = prices.get(model) or next((prices[name] for name in sorted(prices, key=len, reverse=True) if model.startswith(name + "-20")), None)
+    price = prices.get(model) or next(
+        (prices[name] for name in sorted(prices, key=len, reverse=True) if model.startswith(name + "-20")), None
+    )
     if price is None:
         return None
     cached = min(usage.cached_tokens, usage.input_tokens)

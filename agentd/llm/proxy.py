@@ -1,7 +1,8 @@
 """The proxy: one chat completion in, the same dialect out, usage and cost to the ledger.
 
 The request passes as it came but for the model's name, the key and, in a stream, the option that makes the provider report usage;
-the report is taken out again when the client did not ask for it. A client that goes away cancels its upstream call. No request or answer body is logged.
+the report is taken out again when the client did not ask for it. A client that goes away cancels its upstream call.
+No request or answer body is logged.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ def error_body(message: str, kind: str, code: str | None = None) -> bytes:
 class Proxy:
     """Carries chat completions to providers. `record` gets every finished call, durably, before the answer ends."""
 
-    def __init__(self, settings: LlmSettings, credentials: Mapping[str, str], record: Record, clock: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        settings: LlmSettings,
+        credentials: Mapping[str, str],
+        record: Record,
+        clock: Callable[[], float] = time.time,
+    ):
         self.routes = Routes(settings)
         self._prices: dict[str, Price] = built_in() | settings.prices
         self._credentials = credentials
@@ -81,7 +88,9 @@ class Proxy:
     async def start(self) -> None:
         """Open the connection pool."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=60), auto_decompress=True, trust_env=False
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=60),
+            auto_decompress=True,
+            trust_env=False,
         )
 
     async def close(self) -> None:
@@ -92,7 +101,15 @@ class Proxy:
     def models(self) -> bytes:
         """The body of `GET /models`."""
         now = int(self._clock())
-        return msgspec.json.encode({"object": "list", "data": [{"id": name, "object": "model", "created": now, "owned_by": "agentd"} for name in self.routes.names()]})
+        return msgspec.json.encode(
+            {
+                "object": "list",
+                "data": [
+                    {"id": name, "object": "model", "created": now, "owned_by": "agentd"}
+                    for name in self.routes.names()
+                ],
+            }
+        )
 
     async def chat(self, raw: bytes, task: str, epoch: int, scope: AsyncExitStack) -> Answer:
         """Answer one chat completion request of a task. `scope` holds the upstream connection: leaving it cancels the call.
@@ -104,12 +121,20 @@ class Proxy:
             body = msgspec.json.decode(raw)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise RequestError(f"cannot read the request: {error}", code="invalid_json") from error
-        if not isinstance(body, dict) or not isinstance(body.get("model"), str) or not isinstance(body.get("messages"), list):
-            raise InvalidField("cannot read the request: it needs model (a string) and messages (a list)", field="model")
+        if (
+            not isinstance(body, dict)
+            or not isinstance(body.get("model"), str)
+            or not isinstance(body.get("messages"), list)
+        ):
+            raise InvalidField(
+                "cannot read the request: it needs model (a string) and messages (a list)", field="model"
+            )
         if not isinstance(body.get("stream_options") or {}, dict):
             raise InvalidField("cannot read the request: stream_options is not an object", field="stream_options")
         route = self.routes.choose(body["model"])
-        call = _Running(uuid.uuid4().hex, task, epoch, route, self._clock(), time.monotonic(), streamed=bool(body.get("stream")))
+        call = _Running(
+            uuid.uuid4().hex, task, epoch, route, self._clock(), time.monotonic(), streamed=bool(body.get("stream"))
+        )
         if route.provider.kind is Kind.SCRIPTED:
             return await self._scripted(body, call)
         return await self._upstream(body, call, scope)
@@ -123,17 +148,32 @@ class Proxy:
         wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         if call.streamed:
             body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream" if call.streamed else "application/json"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream" if call.streamed else "application/json",
+        }
         key = self._credentials.get(provider.credential) if provider.credential else None
         if provider.credential and key is None:
             await self._finish(call, 503, Usage(), error="no credential")
-            return self._error(call, 503, f"provider {provider.name} has no credential {provider.credential!r} on this host", "agentd_error", "no_credential")
+            return self._error(
+                call,
+                503,
+                f"provider {provider.name} has no credential {provider.credential!r} on this host",
+                "agentd_error",
+                "no_credential",
+            )
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        timeout = aiohttp.ClientTimeout(total=provider.total_timeout_s, sock_connect=10, sock_read=provider.first_byte_timeout_s)
+        timeout = aiohttp.ClientTimeout(
+            total=provider.total_timeout_s, sock_connect=10, sock_read=provider.first_byte_timeout_s
+        )
         url = provider.base_url.rstrip("/") + "/chat/completions"
         try:
-            response = await scope.enter_async_context(self._session.post(url, data=msgspec.json.encode(body), headers=headers, timeout=timeout, allow_redirects=False))
+            response = await scope.enter_async_context(
+                self._session.post(
+                    url, data=msgspec.json.encode(body), headers=headers, timeout=timeout, allow_redirects=False
+                )
+            )
             if response.status == 200 and call.streamed and "event-stream" in response.headers.get("Content-Type", ""):
                 passed = self._headers(call) | {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
                 return Answer(200, passed, stream=self._relay(response, call, wants_usage))
@@ -143,17 +183,41 @@ class Proxy:
         except (aiohttp.ClientError, TimeoutError) as error:
             status = 504 if isinstance(error, TimeoutError) else 502
             await self._finish(call, status, Usage(), error=type(error).__name__)
-            return self._error(call, status, f"provider {provider.name} could not be reached: {_plain(error)}", "agentd_error", "upstream_unreachable")
+            return self._error(
+                call,
+                status,
+                f"provider {provider.name} could not be reached: {_plain(error)}",
+                "agentd_error",
+                "upstream_unreachable",
+            )
         except asyncio.CancelledError:
             await asyncio.shield(self._finish(call, 499, Usage(), error="cancelled"))
             raise
         if len(content) > _ANSWER_LIMIT_BYTES:
             await self._finish(call, 502, Usage(), error="answer too large")
-            return self._error(call, 502, f"provider {provider.name} answered with over {_ANSWER_LIMIT_BYTES} bytes", "agentd_error", "upstream_too_large")
+            return self._error(
+                call,
+                502,
+                f"provider {provider.name} answered with over {_ANSWER_LIMIT_BYTES} bytes",
+                "agentd_error",
+                "upstream_too_large",
+            )
         usage = _usage_in(content)
-        cost = await self._finish(call, response.status, usage or Usage(), error=None if response.status < 400 else f"status {response.status}", unknown=usage is None)
+        cost = await self._finish(
+            call,
+            response.status,
+            usage or Usage(),
+            error=None if response.status < 400 else f"status {response.status}",
+            unknown=usage is None,
+        )
         passed = {name: response.headers[name] for name in _PASSED_HEADERS if name in response.headers}
-        return Answer(response.status, passed | self._headers(call, cost) | {"Content-Type": response.headers.get("Content-Type", "application/json")}, content)
+        return Answer(
+            response.status,
+            passed
+            | self._headers(call, cost)
+            | {"Content-Type": response.headers.get("Content-Type", "application/json")},
+            content,
+        )
 
     async def _relay(self, response: aiohttp.ClientResponse, call: _Running, wants_usage: bool) -> AsyncIterator[bytes]:
         """The upstream's events, each whole; its usage report is kept, and hidden where the client did not ask for it."""
@@ -177,7 +241,11 @@ class Proxy:
             problem = type(error).__name__
         finally:
             if not call.finished:
-                await asyncio.shield(self._finish(call, 200 if problem is None else 502, usage or Usage(), error=problem, unknown=usage is None))
+                await asyncio.shield(
+                    self._finish(
+                        call, 200 if problem is None else 502, usage or Usage(), error=problem, unknown=usage is None
+                    )
+                )
         message = f"the stream of provider {call.route.provider.name} broke: {problem}"
         yield b"data: " + error_body(message, "agentd_error", "upstream_stream_broken") + b"\n\n"
 
@@ -185,12 +253,21 @@ class Proxy:
 
     async def _scripted(self, body: dict[str, Any], call: _Running) -> Answer:
         text, usage = scripted.answer(body)
-        reported = {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens, "total_tokens": usage.input_tokens + usage.output_tokens}
+        reported = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.input_tokens + usage.output_tokens,
+        }
         cost = await self._finish(call, 200, usage)
         head = {"id": f"chatcmpl-{call.id}", "created": int(call.time), "model": "scripted"}
         headers = self._headers(call, cost) | {"X-Agentd-Scripted": "true"}
         if not call.streamed:
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
             whole = head | {"object": "chat.completion", "choices": [choice], "usage": reported}
             return Answer(200, headers | {"Content-Type": "application/json"}, msgspec.json.encode(whole))
         wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -198,20 +275,38 @@ class Proxy:
         async def stream() -> AsyncIterator[bytes]:
             for index, piece in enumerate(scripted.pieces(text)):
                 delta = {"role": "assistant", "content": piece} if index == 0 else {"content": piece}
-                yield _sse(head | {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-            yield _sse(head | {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+                yield _sse(
+                    head
+                    | {
+                        "object": "chat.completion.chunk",
+                        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+                    }
+                )
+            yield _sse(
+                head
+                | {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+            )
             if wants_usage:
                 yield _sse(head | {"object": "chat.completion.chunk", "choices": [], "usage": reported})
             yield b"data: [DONE]\n\n"
 
-        return Answer(200, headers | {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}, stream=stream())
+        return Answer(
+            200, headers | {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}, stream=stream()
+        )
 
     # -- the ledger ----------------------------------------------------------------------------------------------------
 
     def _price(self, call: _Running, usage: Usage) -> float | None:
-        return cost_usd(usage, call.route.model, self._prices, free=call.route.provider.free or call.route.provider.kind is Kind.SCRIPTED)
+        return cost_usd(
+            usage,
+            call.route.model,
+            self._prices,
+            free=call.route.provider.free or call.route.provider.kind is Kind.SCRIPTED,
+        )
 
-    async def _finish(self, call: _Running, status: int, usage: Usage, *, error: str | None = None, unknown: bool = False) -> float | None:
+    async def _finish(
+        self, call: _Running, status: int, usage: Usage, *, error: str | None = None, unknown: bool = False
+    ) -> float | None:
         call.finished = True
         cost = None if unknown and status == 200 else self._price(call, usage)
         if status != 200 and not usage.input_tokens:
@@ -241,7 +336,9 @@ class Proxy:
         return found | ({"X-Agentd-Cost-Usd": f"{cost:.8f}"} if cost is not None else {})
 
     def _error(self, call: _Running, status: int, message: str, kind: str, code: str) -> Answer:
-        return Answer(status, self._headers(call) | {"Content-Type": "application/json"}, error_body(message, kind, code))
+        return Answer(
+            status, self._headers(call) | {"Content-Type": "application/json"}, error_body(message, kind, code)
+        )
 
 
 class _Running(msgspec.Struct):

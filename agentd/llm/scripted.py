@@ -31,12 +31,16 @@ def answer(body: Mapping[str, Any]) -> tuple[str, Usage]:
     """The answer to a chat completion request, and what it would have counted as."""
     messages = [message for message in body.get("messages", []) if isinstance(message, dict)]
     prompt = "\n".join(text_of(message.get("content")) for message in messages)
-    last = next((text_of(message.get("content")) for message in reversed(messages) if message.get("role") == "user"), "")
+    last = next(
+        (text_of(message.get("content")) for message in reversed(messages) if message.get("role") == "user"), ""
+    )
     sentences = [" ".join(found.split()) for found in _SENTENCE.findall(last)]
     step = max(1, len(sentences) // SENTENCES)
     chosen = sentences[::step][:SENTENCES] or [" ".join(last.split())[:200]]
     text = f"{LABEL} " + " ".join(chosen)
-    return text, Usage(input_tokens=-(-len(prompt) // CHARACTERS_PER_TOKEN), output_tokens=-(-len(text) // CHARACTERS_PER_TOKEN))
+    return text, Usage(
+        input_tokens=-(-len(prompt) // CHARACTERS_PER_TOKEN), output_tokens=-(-len(text) // CHARACTERS_PER_TOKEN)
+    )
 
 
 def pieces(text: str) -> list[str]:

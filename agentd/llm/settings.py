@@ -52,7 +52,9 @@ class Routes:
     """Routing as a decision over the settings. Without any provider the built-in `scripted` one answers."""
 
     def __init__(self, settings: LlmSettings):
-        self.providers = settings.providers or (Provider(name="scripted", kind=Kind.SCRIPTED, models=("scripted",), free=True),)
+        self.providers = settings.providers or (
+            Provider(name="scripted", kind=Kind.SCRIPTED, models=("scripted",), free=True),
+        )
         self._by_name = {provider.name: provider for provider in self.providers}
         if len(self._by_name) != len(self.providers):
             raise InvalidField("cannot use [llm]: two providers have the same name", field="llm.providers")
@@ -72,7 +74,11 @@ class Routes:
         provider, _, model = target.partition("/")
         if provider not in self._by_name or not model:
             known = ", ".join(self._by_name)
-            raise InvalidField(f"cannot use [llm.routes]: {name} = {target!r} is not PROVIDER/MODEL", field=f"llm.routes.{name}", hint=f"providers: {known}")
+            raise InvalidField(
+                f"cannot use [llm.routes]: {name} = {target!r} is not PROVIDER/MODEL",
+                field=f"llm.routes.{name}",
+                hint=f"providers: {known}",
+            )
         return Route(self._by_name[provider], model)
 
     def choose(self, model: str) -> Route:

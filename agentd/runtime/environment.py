@@ -43,4 +43,8 @@ RESERVED = frozenset(standard("", 1, "")) - {"PATH", "LANG", "TERM", "PYTHONUNBU
 def of(task: str, epoch: int, token: str, wanted: Mapping[str, str]) -> dict[str, str]:
     """The whole environment: what the task asked for, under what agentd sets."""
     base = standard(task, epoch, token)
-    return {key: value for key, value in base.items() if key not in RESERVED} | dict(wanted) | {key: base[key] for key in RESERVED}
+    return (
+        {key: value for key, value in base.items() if key not in RESERVED}
+        | dict(wanted)
+        | {key: base[key] for key in RESERVED}
+    )

@@ -29,7 +29,7 @@ BATCH = 512
 class Transaction:
     """What a reader or a change may do: named tables of ordered byte keys (at most 511 bytes)."""
 
-    def __init__(self, txn: lmdb.Transaction, tables: dict[str, Any]):
+    def __init__(self, txn: Any, tables: dict[str, Any]):
         self._txn = txn
         self._tables = tables
 
@@ -70,7 +70,10 @@ class Database:
         try:
             self._env = lmdb.open(str(path), map_size=MAP_BYTES, max_dbs=len(tables) + 1, max_readers=512, subdir=True)
         except lmdb.Error as error:
-            raise Broken(f"cannot open the store {path}: {error}", hint=f"check the file system; a copy of {path} may be restored") from error
+            raise Broken(
+                f"cannot open the store {path}: {error}",
+                hint=f"check the file system; a copy of {path} may be restored",
+            ) from error
         self._tables = {name: self._env.open_db(name.encode()) for name in tables}
         self._queue: queue.SimpleQueue[tuple[Callable[[Transaction], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name=f"lmdb-{path.name}", daemon=True)
@@ -140,7 +143,13 @@ class Database:
                 return
             full = isinstance(error, lmdb.MapFullError | lmdb.DiskError)
             kind = TryLater if full else Broken
-            batch[0][1].set_exception(kind(f"cannot write to the store: {error}", code="store_full" if full else "internal", hint="make room on the disk of the state directory"))
+            batch[0][1].set_exception(
+                kind(
+                    f"cannot write to the store: {error}",
+                    code="store_full" if full else "internal",
+                    hint="make room on the disk of the state directory",
+                )
+            )
             return
         for future, result in done:
             future.set_result(result)

@@ -56,7 +56,10 @@ def check_key(key: str) -> str:
         InvalidField: empty, too long, or with control characters.
     """
     if not key or len(key.encode()) > KEY_LIMIT_BYTES or any(ord(char) < 32 for char in key):
-        raise InvalidField(f"cannot use memory key {key[:80]!r}: it must have 1 to {KEY_LIMIT_BYTES} bytes and no control characters", field="key")
+        raise InvalidField(
+            f"cannot use memory key {key[:80]!r}: it must have 1 to {KEY_LIMIT_BYTES} bytes and no control characters",
+            field="key",
+        )
     return key
 
 
@@ -79,7 +82,9 @@ class EpisodicStore:
     def _expired(self, entry: Entry) -> bool:
         return 0 < entry.expires_at <= self._clock()
 
-    async def put(self, scope: Scope, owner: str, key: str, value: bytes, content_type: str, ttl_s: float | None, writer: str) -> Entry:
+    async def put(
+        self, scope: Scope, owner: str, key: str, value: bytes, content_type: str, ttl_s: float | None, writer: str
+    ) -> Entry:
         """Set the entry; `ttl_s` None means it does not expire.
 
         Raises:
@@ -88,7 +93,11 @@ class EpisodicStore:
         """
         place = _place(scope, owner, check_key(key))
         if len(value) > VALUE_LIMIT_BYTES:
-            raise TooLarge(f"cannot remember {key!r}: {len(value)} bytes are over the limit of {VALUE_LIMIT_BYTES}", field="value", hint="write it to a file in the workspace")
+            raise TooLarge(
+                f"cannot remember {key!r}: {len(value)} bytes are over the limit of {VALUE_LIMIT_BYTES}",
+                field="value",
+                hint="write it to a file in the workspace",
+            )
         if ttl_s is not None and not 0 < ttl_s < 1e10:
             raise InvalidField(f"cannot remember {key!r}: ttl_s {ttl_s:g} is not above 0", field="ttl_s")
         now = self._clock()
@@ -156,7 +165,7 @@ class EpisodicStore:
         until = struct.pack(">d", self._clock())
 
         def change(txn: Transaction) -> int:
-            due = []
+            due: list[tuple[bytes, bytes]] = []
             for key, place in txn.scan("expiry"):
                 if key[:8] > until or len(due) >= SWEEP_SLICE:
                     break

@@ -87,7 +87,9 @@ class OutputLog:
         try:
             while True:
                 try:
-                    moved = os.splice(pipe, self._data, CHUNK, offset_dst=self._size, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE)
+                    moved = os.splice(
+                        pipe, self._data, CHUNK, offset_dst=self._size, flags=os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
+                    )
                 except BlockingIOError:
                     readable.clear()
                     await readable.wait()
@@ -121,7 +123,9 @@ class OutputLog:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    async def read(self, offset: int = 0, *, follow: bool = False, streams: frozenset[int] = frozenset({STDOUT, STDERR})) -> AsyncIterator[bytes]:
+    async def read(
+        self, offset: int = 0, *, follow: bool = False, streams: frozenset[int] = frozenset({STDOUT, STDERR})
+    ) -> AsyncIterator[bytes]:
         """Frames (`FRAME` and payload) from `offset` of the combined output; with `follow`, until it is complete.
 
         Where older output was dropped, reading begins at the oldest byte there is.
@@ -161,7 +165,7 @@ def _frames(directory: Path, offset: int) -> list[tuple[int, float, _Piece]]:
         try:
             with open(directory / f"{base:020d}.idx", "rb") as file:
                 raw = file.read()
-            data = open(directory / f"{base:020d}.log", "rb")
+            data = open(directory / f"{base:020d}.log", "rb")  # noqa: SIM115  # closed by the with below
         except FileNotFoundError:
             continue
         with data:

@@ -125,7 +125,13 @@ def _check_env(spec: TaskSpec) -> None:
     if len(spec.env) > wire.MAX_ENV - 64 or sum(len(key) + len(value) for key, value in spec.env.items()) > 40_000:
         raise _wrong("env", f"{len(spec.env)} variables", "at most 448, 40,000 characters together")
     for key, value in spec.env.items():
-        if not key.replace("_", "a").isalnum() or not key.isascii() or key[0].isdigit() or len(key) > 128 or "\0" in value:
+        if (
+            not key.replace("_", "a").isalnum()
+            or not key.isascii()
+            or key[0].isdigit()
+            or len(key) > 128
+            or "\0" in value
+        ):
             raise _wrong(f"env.{key[:80]}", value[:80], "a variable: letters, digits, '_'")
         if key in RESERVED:
             raise InvalidField(f"cannot {DOING}: env.{key} is set by agentd", field=f"env.{key}", hint="leave it out")
@@ -139,7 +145,11 @@ def _check_inputs(spec: TaskSpec) -> None:
             raise _wrong(f"inputs[{index}].mode", one.mode, "from 0 to 0o777")
         total += len(content(one, index))
     if total > INPUT_LIMIT_BYTES:
-        raise TooLarge(f"cannot {DOING}: inputs have {total} bytes, the limit is {INPUT_LIMIT_BYTES}", field="inputs", hint="mount the data instead")
+        raise TooLarge(
+            f"cannot {DOING}: inputs have {total} bytes, the limit is {INPUT_LIMIT_BYTES}",
+            field="inputs",
+            hint="mount the data instead",
+        )
 
 
 def content(one: Input, index: int = 0) -> bytes:
@@ -154,18 +164,24 @@ def _size(field: str, value: int | str) -> int:
     try:
         return parse_size(value)
     except ValueError as error:
-        raise InvalidField(f"cannot {DOING}: {field}: {value!r} is {error}", field=field, hint="for example 512M or 2G") from error
+        raise InvalidField(
+            f"cannot {DOING}: {field}: {value!r} is {error}", field=field, hint="for example 512M or 2G"
+        ) from error
 
 
 def _duration(field: str, value: float | str) -> float:
     try:
         return parse_duration(value)
     except ValueError as error:
-        raise InvalidField(f"cannot {DOING}: {field}: {value!r} is {error}", field=field, hint="for example 90s, 5m or 1h30m") from error
+        raise InvalidField(
+            f"cannot {DOING}: {field}: {value!r} is {error}", field=field, hint="for example 90s, 5m or 1h30m"
+        ) from error
 
 
 def _wrong(field: str, value: object, permitted: str) -> InvalidField:
-    return InvalidField(f"cannot {DOING}: {field}: {value!r} is not permitted", field=field, hint=f"permitted: {permitted}")
+    return InvalidField(
+        f"cannot {DOING}: {field}: {value!r} is not permitted", field=field, hint=f"permitted: {permitted}"
+    )
 
 
 def schema() -> dict[str, Any]:

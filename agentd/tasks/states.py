@@ -136,7 +136,9 @@ def _start_failed(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
     assert isinstance(event, StartFailed)
     if life.stopping:
         return _change(life, state=_stopped_state(life.stopping), reason=life.stopping.value), (Release(),)
-    return _change(life, state=State.FAILED, reason=event.reason, detail=event.detail, exit_code=event.exit_code), (Release(),)
+    return _change(life, state=State.FAILED, reason=event.reason, detail=event.detail, exit_code=event.exit_code), (
+        Release(),
+    )
 
 
 def _not_started(life: Life, _: Event) -> tuple[Life, tuple[Effect, ...]]:
@@ -190,7 +192,9 @@ def _exited(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
 def _lost(life: Life, _: Event) -> tuple[Life, tuple[Effect, ...]]:
     if life.stopping:
         return _change(life, state=_stopped_state(life.stopping), reason=life.stopping.value), (Release(),)
-    return _change(life, state=State.FAILED, reason="lost", detail="its sandbox was gone when agentd looked for it"), (Release(),)
+    return _change(life, state=State.FAILED, reason="lost", detail="its sandbox was gone when agentd looked for it"), (
+        Release(),
+    )
 
 
 def _same(life: Life, _: Event) -> tuple[Life, tuple[Effect, ...]]:
@@ -203,7 +207,13 @@ def _stopped_state(cause: Cause) -> State:
 
 IMPOSSIBLE = "impossible"
 
-_NEVER_RAN: dict[type, Step | str] = {Started: IMPOSSIBLE, StartFailed: IMPOSSIBLE, NotStarted: IMPOSSIBLE, Exited: IMPOSSIBLE, Lost: IMPOSSIBLE}
+_NEVER_RAN: dict[type, Step | str] = {
+    Started: IMPOSSIBLE,
+    StartFailed: IMPOSSIBLE,
+    NotStarted: IMPOSSIBLE,
+    Exited: IMPOSSIBLE,
+    Lost: IMPOSSIBLE,
+}
 _ENDED: dict[type, Step | str] = {**_NEVER_RAN, Admitted: IMPOSSIBLE, StopAsked: _same}
 
 TABLE: dict[State, dict[type, Step | str]] = {

@@ -116,7 +116,12 @@ class Store:
             txn.put("tasks", key, raw)
             if inputs:
                 txn.put("inputs", key, files)
-            self._append(txn, record.id, "submitted", {"class": record.spec.class_.value, "tenant": record.spec.tenant, "user": record.user})
+            self._append(
+                txn,
+                record.id,
+                "submitted",
+                {"class": record.spec.class_.value, "tenant": record.spec.tenant, "user": record.user},
+            )
 
         await self._database.write(change)
         self._wake()
@@ -173,7 +178,9 @@ class Store:
     def calls(self, task: str) -> list[Call]:
         """A task's model calls, oldest first."""
         with self._database.read() as txn:
-            return [msgspec.msgpack.decode(raw, type=Call) for _, raw in txn.scan("calls", prefix=task.encode() + b"\0")]
+            return [
+                msgspec.msgpack.decode(raw, type=Call) for _, raw in txn.scan("calls", prefix=task.encode() + b"\0")
+            ]
 
     async def remove(self, task: str) -> None:
         """Forget a task, its inputs, result and calls; its events stay until they are trimmed."""
@@ -197,7 +204,11 @@ class Store:
     def _append(self, txn: Transaction, task: str | None, event: str, fields: dict[str, Any]) -> None:
         last = txn.last("events")
         seq = _SEQ.unpack(last)[0] + 1 if last else 1
-        txn.put("events", _SEQ.pack(seq), msgspec.json.encode({"seq": seq, "time": self._clock(), "task": task, "event": event, **fields}))
+        txn.put(
+            "events",
+            _SEQ.pack(seq),
+            msgspec.json.encode({"seq": seq, "time": self._clock(), "task": task, "event": event, **fields}),
+        )
         if seq % TRIM_SLICE == 0 and seq > EVENTS_KEPT:
             for key in [bytes(key) for key, _ in txn.scan("events")][: seq - EVENTS_KEPT - _oldest(txn)]:
                 txn.delete("events", key)

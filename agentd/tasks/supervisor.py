@@ -191,16 +191,26 @@ class Tasks:
                 record.token = ids.new_token()
             if isinstance(event, states.Started):
                 record.started_at = record.started_at or now
-            if record.ended and not before.state == record.life.state:
+            if record.ended and before.state is not record.life.state:
                 record.ended_at = now
                 record.token = ""
             changed = record.life.state is not before.state
-            name = {State.RUNNING: "started", State.QUEUED: "requeued"}.get(record.life.state, record.life.state.value) if changed else None
+            name = (
+                {State.RUNNING: "started", State.QUEUED: "requeued"}.get(record.life.state, record.life.state.value)
+                if changed
+                else None
+            )
             fields: dict[str, Any] = {"attempt": record.life.epoch}
             if record.life.reason and changed:
-                fields |= {"reason": record.life.reason, "detail": record.life.detail, "exit_code": record.life.exit_code}
+                fields |= {
+                    "reason": record.life.reason,
+                    "detail": record.life.detail,
+                    "exit_code": record.life.exit_code,
+                }
             if changed or record.life != before:
-                await self._store.save(record, name, **{key: value for key, value in fields.items() if value is not None})
+                await self._store.save(
+                    record, name, **{key: value for key, value in fields.items() if value is not None}
+                )
             if changed:
                 log.info(
                     f"task {name}",
@@ -243,7 +253,9 @@ class Tasks:
         due = (record.started_at or self._clock()) + record.spec.timeout_s - self._clock()
 
         def expire() -> None:
-            self._spawn(self._apply(record, states.StopAsked(Cause.TIMEOUT), epoch=record.life.epoch), f"expire {record.id}")
+            self._spawn(
+                self._apply(record, states.StopAsked(Cause.TIMEOUT), epoch=record.life.epoch), f"expire {record.id}"
+            )
 
         live.timers.append(asyncio.get_running_loop().call_later(max(0.0, due), expire))
 
@@ -318,7 +330,9 @@ class Tasks:
         reader = asyncio.StreamReader(limit=1 << 16)
         loop = asyncio.get_running_loop()
         os.set_blocking(pipe, False)
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb", 0))
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb", 0)
+        )
         try:
             while True:
                 try:
@@ -337,7 +351,9 @@ class Tasks:
         if event.get("event") == "exited":
             record = self._records.get(event["id"])
             if record is not None and record.life.epoch == event["epoch"]:
-                self._spawn(self._ended_in_sandbox(record, event["epoch"], wire.Exit(**event["exit"])), f"end {record.id}")
+                self._spawn(
+                    self._ended_in_sandbox(record, event["epoch"], wire.Exit(**event["exit"])), f"end {record.id}"
+                )
 
     async def _ended_in_sandbox(self, record: Record, epoch: int, end: wire.Exit) -> None:
         """Its main process has ended: let the output finish, count, and only then say so. Whatever is missing is found at the next start."""
@@ -371,7 +387,9 @@ class Tasks:
         if not await self._signal(record, epoch, signal.SIGKILL) or await self._ends_within(record, DIE_S):
             return
         log.warning("a task does not end", AGENTD_TASK=record.id)
-        await self._apply(record, states.Exited(wire.Exit(signal=int(signal.SIGKILL), ended_at=self._clock())), epoch=epoch)
+        await self._apply(
+            record, states.Exited(wire.Exit(signal=int(signal.SIGKILL), ended_at=self._clock())), epoch=epoch
+        )
 
     async def _signal(self, record: Record, epoch: int, number: int) -> bool:
         """False if there is no such sandbox any more."""
@@ -433,7 +451,10 @@ class Tasks:
                 except (NotFound, WrongState) as error:
                     log.warning("a leftover sandbox could not be collected", sandbox=name, error=error.message)
         for record in list(self._records.values()):
-            if record.life.state in (State.STARTING, State.RUNNING, State.FINISHING) and record.id not in self._launching:
+            if (
+                record.life.state in (State.STARTING, State.RUNNING, State.FINISHING)
+                and record.id not in self._launching
+            ):
                 await self._adopt_one(record, found)
         self.in_step = True
         if self._permitted:
@@ -445,7 +466,9 @@ class Tasks:
     async def _adopt_one(self, record: Record, found: dict[str, int]) -> None:
         epoch = record.life.epoch
         if found.get(record.id) != epoch:
-            await self._apply(record, states.NotStarted() if record.life.state is State.STARTING else states.Lost(), epoch=epoch)
+            await self._apply(
+                record, states.NotStarted() if record.life.state is State.STARTING else states.Lost(), epoch=epoch
+            )
             return
         live = self._live.get(record.id)
         status, pipes = await self.warden.attach(record.id, epoch)
@@ -475,9 +498,17 @@ class Tasks:
         """
         found = self._records.get(name)
         if found is None:
-            matches = [record for key, record in self._records.items() if key.startswith(name) and self._sees(record, who)] if name else []
+            matches = (
+                [record for key, record in self._records.items() if key.startswith(name) and self._sees(record, who)]
+                if name
+                else []
+            )
             if len(matches) > 1:
-                raise WrongState(f"cannot tell which task {name!r} is: {len(matches)} begin so", code="ambiguous_id", hint="write more of the id")
+                raise WrongState(
+                    f"cannot tell which task {name!r} is: {len(matches)} begin so",
+                    code="ambiguous_id",
+                    hint="write more of the id",
+                )
             found = matches[0] if matches else None
         if found is None or not self._sees(found, who):
             raise NotFound(f"cannot find task {name!r}", code="no_such_task", hint="agentctl ps -a lists them")
@@ -487,10 +518,20 @@ class Tasks:
     def _sees(record: Record, who: Principal) -> bool:
         return who.operator or record.uid == who.uid
 
-    def list(self, who: Principal, *, everything: bool = False, state: str | None = None, tenant: str | None = None, kind: str | None = None) -> list[Record]:
+    def list(
+        self,
+        who: Principal,
+        *,
+        everything: bool = False,
+        state: str | None = None,
+        tenant: str | None = None,
+        kind: str | None = None,
+    ) -> list[Record]:
         """Tasks that `who` may see, oldest first; without `everything` or `state` only those that have not ended."""
         if state is not None and state not in {one.value for one in State}:
-            raise InvalidField(f"cannot list tasks: state: {state!r} is none", field="state", hint=f"permitted: {', '.join(State)}")
+            raise InvalidField(
+                f"cannot list tasks: state: {state!r} is none", field="state", hint=f"permitted: {', '.join(State)}"
+            )
         found = [
             record
             for record in self._records.values()
@@ -511,7 +552,11 @@ class Tasks:
         """
         never = self._capacity.refuses(spec.memory_bytes, spec.cpus)
         if never:
-            raise InvalidField(f"cannot accept the task: {never}", field=never.split(":")[0], hint="ask for less; agentctl doctor shows what the host has")
+            raise InvalidField(
+                f"cannot accept the task: {never}",
+                field=never.split(":")[0],
+                hint="ask for less; agentctl doctor shows what the host has",
+            )
         roots = self.hello.get("mount_roots", [])
         for index, mount in enumerate(spec.mounts):
             if not any(mount.source == root or mount.source.startswith(root + "/") for root in roots):
@@ -562,7 +607,10 @@ class Tasks:
         """
         if not record.ended:
             if not force:
-                raise WrongState(f"cannot remove task {record.id}: it is {record.life.state}", hint="stop it first, or agentctl rm -f")
+                raise WrongState(
+                    f"cannot remove task {record.id}: it is {record.life.state}",
+                    hint="stop it first, or agentctl rm -f",
+                )
             await self.kill(record, signal.SIGKILL)
             if not await self._ends_within(record, DIE_S + DRAIN_S):
                 raise TryLater(f"cannot remove task {record.id}: it has not ended yet")
@@ -595,7 +643,9 @@ class Tasks:
             self._outputs[task] = OutputLog(self._logs / task, self._log_limit, self._clock)
         return self._outputs[task]
 
-    def output(self, record: Record, *, offset: int, tail: int | None, follow: bool, streams: frozenset[int]) -> AsyncIterator[bytes]:
+    def output(
+        self, record: Record, *, offset: int, tail: int | None, follow: bool, streams: frozenset[int]
+    ) -> AsyncIterator[bytes]:
         """Frames of its output."""
         log_of = self._output(record.id)
         if record.ended:
@@ -607,7 +657,9 @@ class Tasks:
             start = 1 << 62
         return self._until_ended(record, log_of, start, follow, streams)
 
-    async def _until_ended(self, record: Record, log_of: OutputLog, offset: int, follow: bool, streams: frozenset[int]) -> AsyncIterator[bytes]:
+    async def _until_ended(
+        self, record: Record, log_of: OutputLog, offset: int, follow: bool, streams: frozenset[int]
+    ) -> AsyncIterator[bytes]:
         ended = self._ended.setdefault(record.id, asyncio.Event())
         if record.ended:
             ended.set()
@@ -642,7 +694,11 @@ class Tasks:
         life = record.life
         now = self._clock()
         position = self._queue.position(record.id)
-        _, waiting_for = self._queue.next(len(self._holding), sum(self._holding.values()), self._capacity) if position else (None, None)
+        _, waiting_for = (
+            self._queue.next(len(self._holding), sum(self._holding.values()), self._capacity)
+            if position
+            else (None, None)
+        )
         usage = msgspec.to_builtins(record.usage)
         usage["wall_s"] = round((record.ended_at or now) - record.started_at, 3) if record.started_at else 0.0
         found: dict[str, Any] = {
@@ -685,7 +741,9 @@ class Tasks:
         """
         record = self._records.get(caller.task)
         if record is None or record.life.epoch != caller.epoch or record.ended:
-            raise NotPermitted(f"cannot act for task {caller.task}: attempt {caller.epoch} is over", code="stale_attempt")
+            raise NotPermitted(
+                f"cannot act for task {caller.task}: attempt {caller.epoch} is over", code="stale_attempt"
+            )
         return record
 
     async def set_progress(self, record: Record, text: str, fraction: float | None) -> None:

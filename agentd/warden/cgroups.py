@@ -91,7 +91,10 @@ def find(name: str, delegated: str | None) -> Roots:
     """
     unified, v1 = _mounts()
     if unified is None:
-        raise HostLacks("cannot use control groups: no cgroup2 file system is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup/unified")
+        raise HostLacks(
+            "cannot use control groups: no cgroup2 file system is mounted",
+            hint="mount -t cgroup2 none /sys/fs/cgroup/unified",
+        )
     own = _own()
     base = unified / (delegated or own.get("", "/")).strip("/")
     root = base if delegated else base / name
@@ -102,7 +105,7 @@ def find(name: str, delegated: str | None) -> Roots:
             f"cannot enforce limits: no cgroup hierarchy has the controller {', '.join(missing)}",
             hint="boot with systemd.unified_cgroup_hierarchy=1 and cgroup_enable=memory, or mount the v1 controllers",
         )
-    hybrid = {
+    hybrid: dict[str, Path] = {
         controller: v1[controller] / own.get(controller, "/").strip("/") / name
         for controller in ("cpu", "cpuacct", "memory", "pids", "blkio")
         if controller in v1 and controller not in available
@@ -112,7 +115,9 @@ def find(name: str, delegated: str | None) -> Roots:
 
 def remember(roots: Roots, record: Path) -> None:
     """Keep where our groups are: a later warden may be started in another group and must find them all the same."""
-    record.write_text(json.dumps({"unified": str(roots.unified), "v1": {name: str(path) for name, path in roots.v1.items()}}))
+    record.write_text(
+        json.dumps({"unified": str(roots.unified), "v1": {name: str(path) for name, path in roots.v1.items()}})
+    )
 
 
 def recall(record: Path) -> Roots | None:
@@ -224,7 +229,8 @@ class Group:
     def open_v1_procs(self) -> dict[str, int]:
         """Descriptors of the v1 groups' `cgroup.procs`, which a child is written into before it runs."""
         return {
-            f"v1:{controller}": os.open(path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for controller, path in self.v1.items()
+            f"v1:{controller}": os.open(path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            for controller, path in self.v1.items()
         }
 
     def kill(self) -> None:
@@ -259,7 +265,9 @@ class Group:
         memory = MemoryController(_Place(self.v1["memory"]))
         read = written = 0
         if "blkio" in self.v1:
-            for line in BlkIOController(_Place(self.v1["blkio"])).get_property(b"blkio.throttle.io_service_bytes").splitlines():
+            for line in (
+                BlkIOController(_Place(self.v1["blkio"])).get_property(b"blkio.throttle.io_service_bytes").splitlines()
+            ):
                 parts = line.split()
                 if len(parts) == 3 and parts[1] == "Read":
                     read += int(parts[2])

@@ -40,7 +40,10 @@ def load(places: Places) -> WardenConfig:
     if path.exists():
         info = path.stat()
         if info.st_uid != 0 or info.st_mode & 0o022:
-            raise InvalidField(f"cannot trust {path}: it must be owned by root and writable by nobody else", hint=f"chown root {path}; chmod 644 {path}")
+            raise InvalidField(
+                f"cannot trust {path}: it must be owned by root and writable by nobody else",
+                hint=f"chown root {path}; chmod 644 {path}",
+            )
         try:
             raw = tomllib.loads(path.read_text())
         except tomllib.TOMLDecodeError as error:
@@ -48,7 +51,11 @@ def load(places: Places) -> WardenConfig:
     for key, value in raw.items():
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
-            raise InvalidField(f"cannot use {path}: unknown key {key!r}", field=key, hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KEYS)}")
+            raise InvalidField(
+                f"cannot use {path}: unknown key {key!r}",
+                field=key,
+                hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KEYS)}",
+            )
         if not isinstance(value, KEYS[key]):
             raise InvalidField(f"cannot use {path}: {key} = {value!r} is not a {KEYS[key].__name__}", field=key)
     return WardenConfig(
@@ -66,10 +73,16 @@ def _uid(name: str, path: Path) -> int:
     try:
         return pwd.getpwnam(name).pw_uid
     except KeyError:
-        raise InvalidField(f"cannot use {path}: daemon_user: no user {name!r}", field="daemon_user", hint=f"useradd --system {name}, or give a number") from None
+        raise InvalidField(
+            f"cannot use {path}: daemon_user: no user {name!r}",
+            field="daemon_user",
+            hint=f"useradd --system {name}, or give a number",
+        ) from None
 
 
 def _root(entry: object, path: Path) -> str:
     if not isinstance(entry, str) or not entry.startswith("/") or os.path.normpath(entry) != entry or entry == "/":
-        raise InvalidField(f"cannot use {path}: mount_roots: {entry!r} is not a plain absolute directory below /", field="mount_roots")
+        raise InvalidField(
+            f"cannot use {path}: mount_roots: {entry!r} is not a plain absolute directory below /", field="mount_roots"
+        )
     return entry

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
@@ -55,8 +56,12 @@ class Wire:
         gateway4 = socket.inet_pton(socket.AF_INET, addresses.GATEWAY4)
         gateway6 = socket.inet_pton(socket.AF_INET6, addresses.GATEWAY6)
         service = f"tcp . {addresses.AGENT_API_PORT}"
-        found.append(nl.Element("svc4", key + gateway4 + tcp + port, f'"{self.veth}" . {addresses.GATEWAY4} . {service}'))
-        found.append(nl.Element("svc6", key + gateway6 + tcp + port, f'"{self.veth}" . {addresses.GATEWAY6} . {service}'))
+        found.append(
+            nl.Element("svc4", key + gateway4 + tcp + port, f'"{self.veth}" . {addresses.GATEWAY4} . {service}')
+        )
+        found.append(
+            nl.Element("svc6", key + gateway6 + tcp + port, f'"{self.veth}" . {addresses.GATEWAY6} . {service}')
+        )
         return found
 
     def counters(self) -> list[str]:
@@ -66,7 +71,9 @@ class Wire:
     def as_text(self) -> str:
         """The same in nft's own language, as it could be loaded by hand."""
         lines = [f"add counter inet {TABLE} {name}" for name in self.counters()]
-        return "\n".join(lines + [f"add element inet {TABLE} {one.set_name} {{ {one.text} }}" for one in self.elements()])
+        return "\n".join(
+            lines + [f"add element inet {TABLE} {one.set_name} {{ {one.text} }}" for one in self.elements()]
+        )
 
 
 class Gateway:
@@ -121,12 +128,17 @@ class Gateway:
             if there and (busy or known == digest):
                 return
             try:
-                done = subprocess.run(["nft", "-f", "-"], input=skeleton, capture_output=True, text=True, check=False, timeout=30)
+                done = subprocess.run(
+                    ["nft", "-f", "-"], input=skeleton, capture_output=True, text=True, check=False, timeout=30
+                )
             except FileNotFoundError:
-                raise HostLacks("cannot load the network rules: no program nft", hint="apt-get install nftables") from None
+                raise HostLacks(
+                    "cannot load the network rules: no program nft", hint="apt-get install nftables"
+                ) from None
             if done.returncode:
                 raise HostLacks(
-                    f"cannot load the network rules: {done.stderr.strip()[:500]}", hint="the kernel needs nf_tables with inet, reject and concatenated sets"
+                    f"cannot load the network rules: {done.stderr.strip()[:500]}",
+                    hint="the kernel needs nf_tables with inet, reject and concatenated sets",
                 )
         mark.write_text(digest)
 
@@ -212,7 +224,11 @@ class Gateway:
         """Remove veths and elements of sandboxes that no longer exist; how many veths. Only at start: this lists everything."""
         removed = 0
         with self.inside():
-            listed = json.loads(subprocess.run(["nft", "-j", "list", "table", "inet", TABLE], capture_output=True, check=True, timeout=30).stdout)
+            listed = json.loads(
+                subprocess.run(
+                    ["nft", "-j", "list", "table", "inet", TABLE], capture_output=True, check=True, timeout=30
+                ).stdout
+            )
             with IPRoute() as route:
                 links = {link.get_attr("IFLA_IFNAME"): link["index"] for link in route.get_links()}
                 for name, index in links.items():
@@ -241,7 +257,7 @@ class Gateway:
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 
-def _stale(set_name: str, raw: object, wires: dict[str, Wire]) -> nl.Element | None:
+def _stale(set_name: str, raw: Any, wires: dict[str, Wire]) -> nl.Element | None:
     """The element that `nft -j` printed, if its interface belongs to no sandbox."""
     key = raw[0] if isinstance(raw, list) else raw
     parts = key["concat"] if isinstance(key, dict) and "concat" in key else [key]
@@ -276,7 +292,10 @@ def find_holder(run: Path, residents: list[int]) -> int:
     own = os.stat("/proc/self/ns/net").st_ino
     for pid in residents:
         if os.stat(f"/proc/{pid}/ns/net").st_ino == own:
-            raise HostLacks(f"cannot use process {pid} as holder of the gateway: it has the host's network", hint="agentd-sandboxes.service needs PrivateNetwork=yes")
+            raise HostLacks(
+                f"cannot use process {pid} as holder of the gateway: it has the host's network",
+                hint="agentd-sandboxes.service needs PrivateNetwork=yes",
+            )
         return pid
     record = run / "holder"
     if record.exists():
@@ -284,13 +303,24 @@ def find_holder(run: Path, residents: list[int]) -> int:
         if start_time(pid) == started:
             return pid
     process = subprocess.Popen(
-        ["unshare", "--net", "--", "sleep", "infinity"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/"
+        ["unshare", "--net", "--", "sleep", "infinity"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
     )
     deadline = time.monotonic() + 5
     while process.poll() is None and time.monotonic() < deadline:
-        if Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n" and os.stat(f"/proc/{process.pid}/ns/net").st_ino != own:
+        if (
+            Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n"
+            and os.stat(f"/proc/{process.pid}/ns/net").st_ino != own
+        ):
             record.write_text(f"{process.pid} {start_time(process.pid)}")
             return process.pid
         time.sleep(0.002)
     process.kill()
-    raise HostLacks("cannot make a network namespace", hint="agentd needs root with CAP_SYS_ADMIN; in a container try scripts/quickstart --vm")
+    raise HostLacks(
+        "cannot make a network namespace",
+        hint="agentd needs root with CAP_SYS_ADMIN; in a container try scripts/quickstart --vm",
+    )

@@ -192,7 +192,9 @@ class Channel:
                     number = -struct.unpack_from("=i", data, offset + 16)[0]
                     if number and problem is None:
                         problem = OSError(number, f"{what}: {os.strerror(number)}")
-                        if seq not in waiting:  # refused inside a batch: the kernel acknowledges the end all the same, or drops it
+                        if (
+                            seq not in waiting
+                        ):  # refused inside a batch: the kernel acknowledges the end all the same, or drops it
                             self._drain()
                             raise problem
                     waiting.discard(seq)
@@ -217,9 +219,16 @@ def _link(index: int, up: bool, *payload: bytes) -> bytes:
 
 def new_veth(name: str, peer: str, peer_index: int, peer_ns: int) -> tuple[int, int, bytes]:
     """A veth whose other end is born in the namespace `peer_ns` with index `peer_index`. It must not be born up (ENOTCONN)."""
-    other = _link(peer_index, False, attribute(IFLA_IFNAME, peer.encode() + b"\0"), attribute(IFLA_NET_NS_FD, struct.pack("=i", peer_ns)))
+    other = _link(
+        peer_index,
+        False,
+        attribute(IFLA_IFNAME, peer.encode() + b"\0"),
+        attribute(IFLA_NET_NS_FD, struct.pack("=i", peer_ns)),
+    )
     info = nest(
-        IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b"veth\0"), nest(IFLA_INFO_DATA, attribute(VETH_INFO_PEER | NLA_F_NESTED, other))
+        IFLA_LINKINFO,
+        attribute(IFLA_INFO_KIND, b"veth\0"),
+        nest(IFLA_INFO_DATA, attribute(VETH_INFO_PEER | NLA_F_NESTED, other)),
     )
     own = attribute(IFLA_IFNAME, name.encode() + b"\0")
     return RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, _link(0, False, own, info)

@@ -19,7 +19,9 @@ def send(channel: socket.socket, message: dict[str, Any], fds: list[int] | None 
     channel.sendmsg([packet], ancillary)
 
 
-def receive_raw(channel: socket.socket, longest: int = LONGEST, most_fds: int = MOST_FDS) -> tuple[bytes | None, list[int], bool]:
+def receive_raw(
+    channel: socket.socket, longest: int = LONGEST, most_fds: int = MOST_FDS
+) -> tuple[bytes | None, list[int], bool]:
     """One packet, the descriptors that came with it (close-on-exec), and whether anything was cut off. None at the end."""
     space = socket.CMSG_SPACE(most_fds * 4)
     packet, ancillary, flags, _ = channel.recvmsg(longest + 1, space, socket.MSG_CMSG_CLOEXEC)

@@ -179,7 +179,11 @@ class Pid1:
             except ChildProcessError:
                 break
         code = os.waitstatus_to_exitcode(status)
-        self._exit = {"code": code if code >= 0 else None, "signal": -code if code < 0 else None, "ended_at": time.time()}
+        self._exit = {
+            "code": code if code >= 0 else None,
+            "signal": -code if code < 0 else None,
+            "ended_at": time.time(),
+        }
         os.write(self._exit_fd, json.dumps(self._exit).encode() + b"\n")
         os.fsync(self._exit_fd)
         for peer in self._wardens.values():
@@ -196,7 +200,15 @@ def _candidates(name: str, path: str) -> list[str]:
 
 
 def run(
-    status: int, control: int, exit_fd: int, stdout_r: int, stdout_w: int, stderr_r: int, stderr_w: int, *, last_capability: int
+    status: int,
+    control: int,
+    exit_fd: int,
+    stdout_r: int,
+    stdout_w: int,
+    stderr_r: int,
+    stderr_w: int,
+    *,
+    last_capability: int,
 ) -> None:
     """Be PID 1 with these descriptors until released; says `ok` on `status` first."""
     os.umask(0o022)

@@ -34,7 +34,18 @@ HOST_ETC = (
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 PROC_READ_ONLY = ("sys", "bus", "fs", "irq")
-PROC_MASKED = ("kcore", "keys", "key-users", "timer_list", "sysrq-trigger", "kmsg", "latency_stats", "acpi", "scsi", "asound")
+PROC_MASKED = (
+    "kcore",
+    "keys",
+    "key-users",
+    "timer_list",
+    "sysrq-trigger",
+    "kmsg",
+    "latency_stats",
+    "acpi",
+    "scsi",
+    "asound",
+)
 
 
 def plan(
@@ -64,17 +75,44 @@ def plan(
         if name in ("localtime",) and os.path.islink(path):
             links["/etc/" + name] = os.readlink(path)
         elif os.path.exists(path):
-            found.append({"source": os.path.realpath(path), "target": "/etc/" + name, "read_only": True, "file": os.path.isfile(path)})
+            found.append(
+                {
+                    "source": os.path.realpath(path),
+                    "target": "/etc/" + name,
+                    "read_only": True,
+                    "file": os.path.isfile(path),
+                }
+            )
     for name in DEVICES:
-        found.append({"source": f"/dev/{name}", "target": f"/dev/{name}", "read_only": False, "file": True, "device": True})
+        found.append(
+            {"source": f"/dev/{name}", "target": f"/dev/{name}", "read_only": False, "file": True, "device": True}
+        )
     found += sorted(binds, key=lambda bind: str(bind["target"]).count("/"))
     home = workspace
     return {
         "binds": found,
         "links": links
         | {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1"}
-        | {"/dev/stderr": "/proc/self/fd/2", "/dev/ptmx": "pts/ptmx", "/var/run": "../run", "/etc/mtab": "/proc/self/mounts"},
-        "directories": ["/proc", "/sys", "/tmp", "/run", "/var/tmp", "/home", "/root", "/opt", "/srv", "/mnt", "/dev/pts", "/dev/shm"],
+        | {
+            "/dev/stderr": "/proc/self/fd/2",
+            "/dev/ptmx": "pts/ptmx",
+            "/var/run": "../run",
+            "/etc/mtab": "/proc/self/mounts",
+        },
+        "directories": [
+            "/proc",
+            "/sys",
+            "/tmp",
+            "/run",
+            "/var/tmp",
+            "/home",
+            "/root",
+            "/opt",
+            "/srv",
+            "/mnt",
+            "/dev/pts",
+            "/dev/shm",
+        ],
         "files": {
             "/etc/passwd": f"root:x:0:0:root:/root:/usr/sbin/nologin\nagent:x:{agent_id}:{agent_id}:agent:{home}:/bin/bash\n"
             "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -128,17 +166,35 @@ def build(root: dict[str, Any], trees: list[int], stage: str) -> None:
     plain = sc.MS_NOSUID | sc.MS_NODEV
     sc.mount("tmpfs", stage + "/tmp", "tmpfs", plain, f"mode=1777,size={root['tmp_bytes']},nr_inodes=65536,{owner}")
     sc.mount("tmpfs", stage + "/var/tmp", "tmpfs", plain, f"mode=1777,size={root['tmp_bytes']},nr_inodes=65536,{owner}")
-    sc.mount("tmpfs", stage + "/run", "tmpfs", plain, f"mode=755,size=16m,nr_inodes=4096,uid={root['agent']},gid={root['agent']}")
-    sc.mount("tmpfs", stage + "/dev/shm", "tmpfs", plain | sc.MS_NOEXEC, f"mode=1777,size={root['shm_bytes']},nr_inodes=16384,{owner}")
     sc.mount(
-        "devpts", stage + "/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, f"newinstance,ptmxmode=0666,mode=620,gid={root['tty_gid']}"
+        "tmpfs",
+        stage + "/run",
+        "tmpfs",
+        plain,
+        f"mode=755,size=16m,nr_inodes=4096,uid={root['agent']},gid={root['agent']}",
+    )
+    sc.mount(
+        "tmpfs",
+        stage + "/dev/shm",
+        "tmpfs",
+        plain | sc.MS_NOEXEC,
+        f"mode=1777,size={root['shm_bytes']},nr_inodes=16384,{owner}",
+    )
+    sc.mount(
+        "devpts",
+        stage + "/dev/pts",
+        "devpts",
+        sc.MS_NOSUID | sc.MS_NOEXEC,
+        f"newinstance,ptmxmode=0666,mode=620,gid={root['tty_gid']}",
     )
     sc.mount("proc", stage + "/proc", "proc", plain | sc.MS_NOEXEC, "")
     for name in PROC_READ_ONLY:
         path = f"{stage}/proc/{name}"
         if os.path.isdir(path):
             tree = sc.open_tree(sc.AT_FDCWD, path)
-            sc.set_mount_flags(tree, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC)
+            sc.set_mount_flags(
+                tree, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC
+            )
             sc.move_mount(tree, path)
             os.close(tree)
     for name in PROC_MASKED:

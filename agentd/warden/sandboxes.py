@@ -19,7 +19,7 @@ from typing import Any
 
 import agentd
 from agentd.core import addresses
-from agentd.core.errors import AgentdError, HostLacks, InvalidField, NotFound, WrongState
+from agentd.core.errors import HostLacks, InvalidField, NotFound, WrongState
 from agentd.core.wire import Exit, Limits, SandboxSpec, SandboxStatus, Usage
 from agentd.warden import cgroups, packets, rootfs, seccomp
 from agentd.warden import syscalls as sc
@@ -119,7 +119,13 @@ class Sandboxes:
     """Every sandbox on this host that is ours."""
 
     def __init__(
-        self, config: WardenConfig, run: Path, workspaces: Workspaces, roots: cgroups.Roots, gateway: Gateway, watch: Callable[[Sandbox], None]
+        self,
+        config: WardenConfig,
+        run: Path,
+        workspaces: Workspaces,
+        roots: cgroups.Roots,
+        gateway: Gateway,
+        watch: Callable[[Sandbox], None],
     ):
         self._config = config
         self._run = run / "sandboxes"
@@ -259,9 +265,24 @@ class Sandboxes:
                 "id_range": addresses.ID_RANGE,
                 "filters": self._filters,
             }
-            fds = {f"m{index}": fd for index, (_, fd, _) in enumerate(mounts)} | {"workspace": workspace, "netns": namespace}
+            fds = {f"m{index}": fd for index, (_, fd, _) in enumerate(mounts)} | {
+                "workspace": workspace,
+                "netns": namespace,
+            }
             pid, pidfd, pipes = self._spawn(group, directory, plan, fds, undo)
-            sandbox = Sandbox(spec.id, spec.epoch, spec.tenant, slot, wire, pid, time.time(), group, directory, pidfd, namespace=namespace)
+            sandbox = Sandbox(
+                spec.id,
+                spec.epoch,
+                spec.tenant,
+                slot,
+                wire,
+                pid,
+                time.time(),
+                group,
+                directory,
+                pidfd,
+                namespace=namespace,
+            )
             sandbox.control = self._dial(directory)
             undo.callback(sandbox.control.close)
             record = {
@@ -276,10 +297,19 @@ class Sandboxes:
             }
             (directory / "record.new").write_text(json.dumps(record))
             (directory / "record.new").rename(directory / "record.json")
-            request = {"op": "start", "argv": spec.argv, "env": dict(spec.env), "cwd": spec.cwd, "uid": addresses.AGENT_ID, "gid": addresses.AGENT_ID}
+            request = {
+                "op": "start",
+                "argv": spec.argv,
+                "env": dict(spec.env),
+                "cwd": spec.cwd,
+                "uid": addresses.AGENT_ID,
+                "gid": addresses.AGENT_ID,
+            }
             answer, _ = self._ask(sandbox, request)
             if "exec" in answer:
-                raise InvalidField(f"cannot start {spec.id}: {answer['exec']['error']}", field="command", code="exec_failed")
+                raise InvalidField(
+                    f"cannot start {spec.id}: {answer['exec']['error']}", field="command", code="exec_failed"
+                )
             if "error" in answer:
                 raise HostLacks(f"cannot start {spec.id}: {answer['error']}", code="start_failed")
             sandbox.pipes = pipes
@@ -292,7 +322,12 @@ class Sandboxes:
         return sandbox, [os.dup(fd) for fd in pipes]
 
     def _spawn(
-        self, group: cgroups.Group, directory: Path, plan: dict[str, Any], fds: dict[str, int], undo: contextlib.ExitStack
+        self,
+        group: cgroups.Group,
+        directory: Path,
+        plan: dict[str, Any],
+        fds: dict[str, int],
+        undo: contextlib.ExitStack,
     ) -> tuple[int, int, list[int]]:
         with contextlib.ExitStack() as local:
 
@@ -314,7 +349,9 @@ class Sandboxes:
             control.bind(f"/proc/self/fd/{where}/control")
             control.listen(4)
             fds["control"] = control.fileno()
-            fds["exit"] = mine(os.open(directory / "exit", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+            fds["exit"] = mine(
+                os.open(directory / "exit", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            )
             fds["status"] = status_w
             fds["cgroup"] = mine(group.open_leaf())
             for name, fd in group.open_v1_procs().items():
@@ -339,7 +376,10 @@ class Sandboxes:
             finally:
                 os.close(status_r)
             if said != b"ok":
-                raise HostLacks(f"cannot make a sandbox: {said[1:].decode(errors='replace') or 'its first process died'}", code="start_failed")
+                raise HostLacks(
+                    f"cannot make a sandbox: {said[1:].decode(errors='replace') or 'its first process died'}",
+                    code="start_failed",
+                )
         return pid, pidfd, pipes
 
     def _open_mounts(self, spec: SandboxSpec, undo: contextlib.ExitStack) -> list[tuple[Any, int, bool]]:
@@ -348,14 +388,23 @@ class Sandboxes:
             where = f"mounts[{index}]"
             if not mount.read_only:
                 raise InvalidField(
-                    f"cannot mount {mount.source}: {where}.read_only = false is not offered", field=f"{where}.read_only", hint="write results into the workspace"
+                    f"cannot mount {mount.source}: {where}.read_only = false is not offered",
+                    field=f"{where}.read_only",
+                    hint="write results into the workspace",
                 )
             if mount.target.split("/")[1] not in TARGET_TOPS or mount.target.count("/") < 2:
                 raise InvalidField(
                     f"cannot mount {mount.source}: {where}.target: {mount.target!r} is not below {', '.join('/' + top for top in sorted(TARGET_TOPS))}",
                     field=f"{where}.target",
                 )
-            root = next((root for root in self._config.mount_roots if mount.source == root or mount.source.startswith(root + "/")), None)
+            root = next(
+                (
+                    root
+                    for root in self._config.mount_roots
+                    if mount.source == root or mount.source.startswith(root + "/")
+                ),
+                None,
+            )
             if root is None:
                 allowed = ", ".join(self._config.mount_roots) or "none"
                 raise InvalidField(
@@ -370,7 +419,9 @@ class Sandboxes:
                 finally:
                     os.close(base)
             except OSError as error:
-                raise InvalidField(f"cannot mount {mount.source}: {where}.source: {error.strerror}", field=f"{where}.source") from error
+                raise InvalidField(
+                    f"cannot mount {mount.source}: {where}.source: {error.strerror}", field=f"{where}.source"
+                ) from error
             undo.callback(os.close, fd)
             found.append((mount, fd, not os.path.isdir(f"/proc/self/fd/{fd}")))
         return found
@@ -477,7 +528,10 @@ class Sandboxes:
             except OSError:
                 pass
         if not sandbox.group.remove():
-            raise WrongState(f"cannot collect {sandbox.spec_id}: a process in it does not die", hint="look for one in state D: ps -eo pid,stat,wchan,cmd")
+            raise WrongState(
+                f"cannot collect {sandbox.spec_id}: a process in it does not die",
+                hint="look for one in state D: ps -eo pid,stat,wchan,cmd",
+            )
         self._gateway.disconnect(sandbox.wire)
         del self.live[sandbox.spec_id]
         if sandbox.control is not None:
@@ -509,6 +563,6 @@ def check_limits(limits: Limits) -> None:
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if limits.memory_bytes > total:
-        raise InvalidField(f"cannot limit memory to {limits.memory_bytes}: the host has {total} bytes", field="limits.memory_bytes")
-
-
+        raise InvalidField(
+            f"cannot limit memory to {limits.memory_bytes}: the host has {total} bytes", field="limits.memory_bytes"
+        )

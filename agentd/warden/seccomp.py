@@ -13,18 +13,81 @@ import os
 import pyseccomp
 
 DENIED_EPERM = frozenset(
-    """
-    acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 create_module delete_module
-    fanotify_init finit_module fsconfig fsmount fsopen fspick get_kernel_syms init_module ioperm iopl kcmp kexec_file_load
-    kexec_load keyctl lookup_dcookie mbind migrate_pages modify_ldt mount mount_setattr move_mount move_pages name_to_handle_at nfsservctl
-    open_by_handle_at open_tree perf_event_open personality pidfd_getfd pivot_root process_madvise process_vm_readv
-    process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key set_mempolicy setns settimeofday stime swapoff
-    swapon _sysctl syslog sysfs umount umount2 unshare uselib userfaultfd ustat vhangup vm86 vm86old vmsplice
-    """.split()
+    [
+        "acct",
+        "add_key",
+        "adjtimex",
+        "bpf",
+        "chroot",
+        "clock_adjtime",
+        "clock_adjtime64",
+        "clock_settime",
+        "clock_settime64",
+        "create_module",
+        "delete_module",
+        "fanotify_init",
+        "finit_module",
+        "fsconfig",
+        "fsmount",
+        "fsopen",
+        "fspick",
+        "get_kernel_syms",
+        "init_module",
+        "ioperm",
+        "iopl",
+        "kcmp",
+        "kexec_file_load",
+        "kexec_load",
+        "keyctl",
+        "lookup_dcookie",
+        "mbind",
+        "migrate_pages",
+        "modify_ldt",
+        "mount",
+        "mount_setattr",
+        "move_mount",
+        "move_pages",
+        "name_to_handle_at",
+        "nfsservctl",
+        "open_by_handle_at",
+        "open_tree",
+        "perf_event_open",
+        "personality",
+        "pidfd_getfd",
+        "pivot_root",
+        "process_madvise",
+        "process_vm_readv",
+        "process_vm_writev",
+        "ptrace",
+        "query_module",
+        "quotactl",
+        "quotactl_fd",
+        "reboot",
+        "request_key",
+        "set_mempolicy",
+        "setns",
+        "settimeofday",
+        "stime",
+        "swapoff",
+        "swapon",
+        "_sysctl",
+        "syslog",
+        "sysfs",
+        "umount",
+        "umount2",
+        "unshare",
+        "uselib",
+        "userfaultfd",
+        "ustat",
+        "vhangup",
+        "vm86",
+        "vm86old",
+        "vmsplice",
+    ]
 )
 """Answered with EPERM: the calls exist, this process may not."""
 
-DENIED_ENOSYS = frozenset("clone3 io_uring_setup io_uring_enter io_uring_register memfd_secret".split())
+DENIED_ENOSYS = frozenset(["clone3", "io_uring_setup", "io_uring_enter", "io_uring_register", "memfd_secret"])
 """Answered with ENOSYS: programs then fall back (glibc from clone3 to clone, libuv from io_uring to epoll)."""
 
 NAMESPACE_FLAGS = (0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import select
@@ -20,7 +19,7 @@ import prctl
 
 import agentd
 from agentd.core import addresses, wire
-from agentd.core.errors import AgentdError, HostLacks, NotPermitted, RequestError, WrongState
+from agentd.core.errors import AgentdError, HostLacks, RequestError, WrongState
 from agentd.core.places import Places
 from agentd.warden import cgroups, packets
 from agentd.warden.config import WardenConfig
@@ -65,7 +64,9 @@ class Server:
 
     def _prepare(self) -> None:
         if os.geteuid() != 0:
-            raise HostLacks("cannot make sandboxes: the warden is not root", hint="start it through systemd or scripts/quickstart")
+            raise HostLacks(
+                "cannot make sandboxes: the warden is not root", hint="start it through systemd or scripts/quickstart"
+            )
         record = self._run / "cgroups.json"
         roots = None if self._config.cgroup else cgroups.recall(record)
         roots = roots or cgroups.find(f"agentd-{os.stat(self._run).st_ino:x}", self._config.cgroup)
@@ -75,12 +76,18 @@ class Server:
                 procs = leaf / "cgroup.procs"
                 residents += [int(pid) for pid in procs.read_text().split()] if procs.exists() else []
             if not residents:
-                raise HostLacks(f"cannot use the control group {self._config.cgroup}: nothing holds it", hint="systemctl start agentd-sandboxes.service")
+                raise HostLacks(
+                    f"cannot use the control group {self._config.cgroup}: nothing holds it",
+                    hint="systemctl start agentd-sandboxes.service",
+                )
         try:
             cgroups.prepare(roots)
             cgroups.remember(roots, record)
         except OSError as error:
-            raise HostLacks(f"cannot make control groups below {roots.unified}: {error.strerror}", hint="the control group must be delegated and writable") from error
+            raise HostLacks(
+                f"cannot make control groups below {roots.unified}: {error.strerror}",
+                hint="the control group must be delegated and writable",
+            ) from error
         holder = find_holder(self._run, residents)
         namespace = os.open(f"/proc/{holder}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._gateway = Gateway(namespace, holder)
@@ -160,7 +167,10 @@ class Server:
                 self._drop(fd)
                 return
             if cut:
-                raise RequestError(f"cannot read the request: over {wire.MAX_MESSAGE_BYTES} bytes or {wire.MAX_FDS} descriptors", code="too_large")
+                raise RequestError(
+                    f"cannot read the request: over {wire.MAX_MESSAGE_BYTES} bytes or {wire.MAX_FDS} descriptors",
+                    code="too_large",
+                )
             request = wire.decode(packet)
             fields = wire.Fields(request)
             seq = fields.integer("seq", 0, 1 << 53)
@@ -173,9 +183,14 @@ class Server:
                 return
             say(3, "a request failed", error=error)
             answer = {"seq": seq, "error": {"code": "internal", "message": f"cannot carry out the request: {error}"}}
-        except Exception as error:  # the edge of the process: a bug in one request must not end the parent of all sandboxes
+        except (
+            Exception
+        ) as error:  # the edge of the process: a bug in one request must not end the parent of all sandboxes
             say(3, "a request met a bug: " + traceback.format_exc().replace("\n", " | "))
-            answer = {"seq": seq, "error": {"code": "internal", "message": f"cannot carry out the request: {type(error).__name__}"}}
+            answer = {
+                "seq": seq,
+                "error": {"code": "internal", "message": f"cannot carry out the request: {type(error).__name__}"},
+            }
         finally:
             packets.close(fds)
         try:
@@ -283,11 +298,15 @@ class Server:
             case "list":
                 fields.end()
                 sandboxes, _ = self._ready()
-                return {"sandboxes": [{"id": one.spec_id, "epoch": one.epoch} for one in sandboxes.live.values()]}, [], []
+                return (
+                    {"sandboxes": [{"id": one.spec_id, "epoch": one.epoch} for one in sandboxes.live.values()]},
+                    [],
+                    [],
+                )
         return self._about_one(op, fields)
 
     def _about_one(self, op: str, fields: wire.Fields) -> tuple[dict[str, Any], list[int], list[int]]:
-        sandboxes, gateway = self._ready()
+        sandboxes, _ = self._ready()
         if op not in ("attach", "status", "signal", "collect", "rules"):
             raise RequestError(f"cannot carry out {op[:40]!r}: no such operation")
         sandbox = sandboxes.get(fields.name("id"), fields.integer("epoch", 1, 1 << 31))
@@ -383,5 +402,3 @@ def run(places: Places, config: WardenConfig) -> None:
     server = Server(places, config)
     say(6, "started", seconds=round(time.monotonic() - started, 3))
     server.serve()
-
-

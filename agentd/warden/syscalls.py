@@ -147,7 +147,9 @@ def set_mount_flags(fd: int, attributes: int, path: str = "") -> None:
 
 def move_mount(fd: int, target: str) -> None:
     """Attach the detached mount `fd` at `target`."""
-    _check(_syscall(SYS_MOVE_MOUNT, fd, b"", AT_FDCWD, target.encode(), MOVE_MOUNT_F_EMPTY_PATH), f"move_mount {target}")
+    _check(
+        _syscall(SYS_MOVE_MOUNT, fd, b"", AT_FDCWD, target.encode(), MOVE_MOUNT_F_EMPTY_PATH), f"move_mount {target}"
+    )
 
 
 def pivot_root(new: str, old: str) -> None:

@@ -55,7 +55,10 @@ class Workspaces:
             if slot not in taken:
                 break
         else:
-            raise TryLater(f"cannot make a workspace: all {addresses.SLOTS} id ranges are in use", hint="remove ended tasks: agentctl rm")
+            raise TryLater(
+                f"cannot make a workspace: all {addresses.SLOTS} id ranges are in use",
+                hint="remove ended tasks: agentctl rm",
+            )
         self._next = slot + 1
         owner = addresses.slot_id_base(slot) + addresses.AGENT_ID
         hidden = self.path / f".new-{name}"
@@ -90,17 +93,23 @@ class Workspaces:
                 try:
                     below = sc.openat2(directory, part, os.O_RDONLY | os.O_DIRECTORY, BENEATH)
                 except OSError as error:
-                    raise RequestError(f"cannot write input {relative!r}: {part!r} is not a directory", field="inputs") from error
+                    raise RequestError(
+                        f"cannot write input {relative!r}: {part!r} is not a directory", field="inputs"
+                    ) from error
                 os.close(directory)
                 directory = below
             hidden = f".agentd-input-{os.getpid()}"
-            file = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            file = os.open(
+                hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory
+            )
             try:
                 size = 0
                 while chunk := os.pread(source, CHUNK, size):
                     size += len(chunk)
                     if size > INPUT_LIMIT_BYTES:
-                        raise TooLarge(f"cannot write input {relative!r}: over {INPUT_LIMIT_BYTES} bytes", field="inputs")
+                        raise TooLarge(
+                            f"cannot write input {relative!r}: over {INPUT_LIMIT_BYTES} bytes", field="inputs"
+                        )
                     view = memoryview(chunk)
                     while view:
                         view = view[os.write(file, view) :]

@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else "")
 
-from agentd.warden import packets, pid1, rootfs  # noqa: E402
-from agentd.warden import syscalls as sc  # noqa: E402
+from agentd.warden import packets, pid1, rootfs
+from agentd.warden import syscalls as sc
 
 NAMESPACES = sc.CLONE_NEWNS | sc.CLONE_NEWPID | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS | sc.CLONE_NEWTIME
 
@@ -135,7 +135,9 @@ def _become_pid1(plan: dict[str, Any], fds: dict[str, int], trees: list[int], us
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    kept = _keep_only([fds[name] for name in ("status", "control", "exit", "stdout_r", "stdout_w", "stderr_r", "stderr_w")])
+    kept = _keep_only(
+        [fds[name] for name in ("status", "control", "exit", "stdout_r", "stdout_w", "stderr_r", "stderr_w")]
+    )
     keep = frozenset({sc.CAP_KILL, sc.CAP_SETGID, sc.CAP_SETUID, sc.CAP_SETPCAP})
     sc.drop_bounding_up_to(last_capability, keep)
     sc.prctl(sc.PR_CAP_AMBIENT, sc.PR_CAP_AMBIENT_CLEAR_ALL)
