@@ -20,7 +20,7 @@ from agentd.core.errors import AgentdError, NotFound
 from agentd.isolation.client import WardenClient
 
 PROBE = "agentd-probe"
-PROBE_S = 20.0
+PROBE_S = 60.0
 LEAST_KERNEL = (5, 15)
 """cgroup.kill is 5.14, mount_setattr 5.12, detached mounts and clone3 into a cgroup 5.7."""
 
@@ -53,7 +53,8 @@ def reach(host, port):
         return "open"
     except OSError as error:
         return type(error).__name__
-note("agentd reachable", reach("{INTERNAL_NAME}", {AGENT_API_PORT}) == "open", reach("{INTERNAL_NAME}", {AGENT_API_PORT}))
+api = reach("{INTERNAL_NAME}", {AGENT_API_PORT})
+note("agentd reachable", api == "open", api)
 nothing = reach("192.0.2.1", 443)
 note("nothing else reachable", nothing == reach("{GATEWAY4}", 22) == "ConnectionRefusedError", nothing)
 try:
@@ -198,6 +199,11 @@ async def examine(warden: WardenClient, hello: dict[str, Any]) -> list[Check]:
     """Everything; the probe only where the warden answers."""
     checks = host_checks(hello, warden.connected)
     if all(check.ok for check in checks):
-        async with asyncio.timeout(PROBE_S):
-            checks += await probe(warden)
+        try:
+            async with asyncio.timeout(PROBE_S):
+                checks += await probe(warden)
+        except TimeoutError:
+            checks.append(Check("the probe ends", False, f"not within {PROBE_S:.0f} s", "see journalctl -u agentd-warden"))
+        except AgentdError as error:
+            checks.append(Check("the probe runs", False, error.message, error.hint or "see journalctl -u agentd-warden"))
     return checks

@@ -21,6 +21,8 @@ from agentd.daemon import logging as log_setup
 log = structlog.get_logger("agentd")
 
 STOP_S = 10.0
+RETEST_S = 15.0
+"""Between self-tests while they fail."""
 
 
 def _control_socket(places: Places) -> socket.socket:
@@ -47,35 +49,34 @@ def _control_socket(places: Places) -> socket.socket:
 
 
 async def _serve_agents(daemon: wiring.Daemon) -> None:
-    """When the warden answers: listen in the gateway, prove the sandbox, and only then let tasks start."""
+    """Whenever the warden answers: listen in the gateway, prove the sandbox, and only then let tasks start."""
     tasks = daemon.tasks
     runner = web.AppRunner(daemon.agent.app(), handle_signals=False, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
+    listening = False
     try:
         while True:
+            await tasks.warden.ready.wait()
             try:
-                if tasks.warden.connected and tasks.in_step:
-                    sockets = await tasks.warden.listen()
-                    break
+                if not listening:
+                    for one in await tasks.warden.listen():
+                        one.setblocking(False)
+                        await web.SockSite(runner, one, backlog=1024).start()
+                    listening = True
+                failed = [check for check in await doctor.examine(tasks.warden, tasks.hello) if not check.ok]
             except AgentdError as error:
-                log.warning("not ready", error=error.message)
-            await asyncio.sleep(0.05)
-        for one in sockets:
-            one.setblocking(False)
-            await web.SockSite(runner, one, backlog=1024).start()
-        checks = await doctor.examine(tasks.warden, tasks.hello)
-        failed = [check for check in checks if not check.ok]
-        if failed:
-            first = failed[0]
-            log.error(
-                "the self-test failed: no task will start", check=first.name, detail=first.detail, remedy=first.remedy
-            )
-            tasks.refuse(f"the self-test failed: {first.name}: {first.detail}")
-        else:
-            log.info("ready", checks=len(checks))
+                failed = [doctor.Check("the warden answers", False, error.message, error.hint or "")]
+            if failed:
+                first = failed[0]
+                tasks.refuse(f"the self-test failed: {first.name}: {first.detail}")
+                log.error("the self-test failed", check=first.name, detail=first.detail, remedy=first.remedy)
+                systemd.notify(f"STATUS=no task will start: the self-test failed: {first.name}")
+                await asyncio.sleep(RETEST_S if tasks.warden.connected else 0)
+                continue
             tasks.permit()
-        systemd.notify("STATUS=" + ("ready" if not failed else f"self-test failed: {failed[0].name}"))
-        await asyncio.Event().wait()
+            log.info("ready")
+            systemd.notify("STATUS=ready")
+            await tasks.warden.lost()
     finally:
         await runner.cleanup()
 

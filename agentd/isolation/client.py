@@ -58,6 +58,12 @@ class WardenClient:
         self._lost = asyncio.Event()
         self._sending = asyncio.Lock()
         self.connected = False
+        self.ready = asyncio.Event()
+        """Set while both sides are in step."""
+
+    async def lost(self) -> None:
+        """Return when the connection breaks."""
+        await self._lost.wait()
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -74,6 +80,7 @@ class WardenClient:
                 try:
                     await self._on_connect()
                     self.connected = True
+                    self.ready.set()
                     await self._lost.wait()
                 except TryLater:
                     await asyncio.sleep(pause)
@@ -99,6 +106,7 @@ class WardenClient:
 
     def _disconnect(self) -> None:
         self.connected = False
+        self.ready.clear()
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()

@@ -155,11 +155,13 @@ class Channel:
         """
         generic = struct.pack("=BBH", 0, 0, socket.htons(NFNL_SUBSYS_NFTABLES))
         packet = message(NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, self.next_seq(), generic)
-        for kind, flags, payload in messages:
+        for index, (kind, flags, payload) in enumerate(messages):
             body = struct.pack("=BBH", NFPROTO_INET, 0, 0) + payload
-            packet += message((NFNL_SUBSYS_NFTABLES << 8) | kind, flags | NLM_F_REQUEST, self.next_seq(), body)
-        last = self.next_seq()
-        packet += message(NFNL_MSG_BATCH_END, NLM_F_REQUEST | NLM_F_ACK, last, generic)
+            # The last message is acknowledged, not the end of the batch: kernels before 6.10 are silent about that.
+            flags |= NLM_F_REQUEST | (NLM_F_ACK if index == len(messages) - 1 else 0)
+            packet += message((NFNL_SUBSYS_NFTABLES << 8) | kind, flags, self.next_seq(), body)
+        last = self._seq
+        packet += message(NFNL_MSG_BATCH_END, NLM_F_REQUEST, self.next_seq(), generic)
         self._socket.send(packet)
         self._await({last}, what)
 

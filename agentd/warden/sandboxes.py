@@ -393,8 +393,9 @@ class Sandboxes:
                     hint="write results into the workspace",
                 )
             if mount.target.split("/")[1] not in TARGET_TOPS or mount.target.count("/") < 2:
+                tops = ", ".join(f"/{top}" for top in sorted(TARGET_TOPS))
                 raise InvalidField(
-                    f"cannot mount {mount.source}: {where}.target: {mount.target!r} is not below {', '.join('/' + top for top in sorted(TARGET_TOPS))}",
+                    f"cannot mount {mount.source}: {where}.target: {mount.target!r} is not below {tops}",
                     field=f"{where}.target",
                 )
             root = next(

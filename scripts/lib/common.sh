@@ -36,15 +36,19 @@ need_packages() {
 # shellcheck disable=SC2034 # the scripts that source this use it
 RUNTIME_PACKAGES=(
     "python3-venv:the virtual environment"
-    "python3-dev:headers to build python-prctl and hnswlib"
-    "gcc:to build python-prctl"
-    "g++:to build hnswlib"
-    "libcap-dev:to build python-prctl"
     "libseccomp2:the system call filter"
     "nftables:the network rules"
     "util-linux:setpriv and unshare"
     "ca-certificates:TLS to model providers"
 )
+
+# need_compiler PYTHON — python-prctl and hnswlib are built from source where no wheel of them is at hand.
+need_compiler() {
+    "$1" -c 'import hnswlib, prctl' 2>/dev/null && return
+    "$1" -m pip install --disable-pip-version-check -q --dry-run --no-deps --only-binary :all: hnswlib python-prctl >/dev/null 2>&1 && return
+    need_packages "python3-dev:headers to build hnswlib and python-prctl" "gcc:to build python-prctl" \
+        "g++:to build hnswlib" "libcap-dev:to build python-prctl"
+}
 
 # readable_by_all PATH — whether an unprivileged user can reach and execute it.
 readable_by_all() {
@@ -99,6 +103,7 @@ make_venv() {
         rm -rf "$directory"
         quietly "make a virtual environment" "$python" -m venv "$directory"
     fi
+    need_compiler "$directory/bin/python"
     quietly "install agentd's Python packages" "$directory/bin/python" -m pip install --disable-pip-version-check -q -e "$ROOT$extra"
     printf '%s\n' "$stamp" >"$directory/.agentd-stamp"
 }
