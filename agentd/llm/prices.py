@@ -33,7 +33,7 @@ def built_in() -> dict[str, Price]:
 
 def cost_usd(usage: Usage, model: str, prices: Mapping[str, Price], *, free: bool = False) -> float | None:
     """Dollars, or None when the price is unknown. A dated name (`gpt-4o-2024-08-06`) has its family's price."""
-    if free:
+    if free or not (usage.input_tokens or usage.output_tokens):
         return 0.0
     price = prices.get(model) or next(
         (prices[name] for name in sorted(prices, key=len, reverse=True) if model.startswith(name + "-20")), None

@@ -191,7 +191,7 @@ class Proxy:
                 "upstream_unreachable",
             )
         except asyncio.CancelledError:
-            await asyncio.shield(self._finish(call, 499, Usage(), error="cancelled"))
+            await asyncio.shield(self._finish(call, 499, Usage(), error="cancelled", unknown=True))
             raise
         if len(content) > _ANSWER_LIMIT_BYTES:
             await self._finish(call, 502, Usage(), error="answer too large")
@@ -308,9 +308,7 @@ class Proxy:
         self, call: _Running, status: int, usage: Usage, *, error: str | None = None, unknown: bool = False
     ) -> float | None:
         call.finished = True
-        cost = None if unknown and status == 200 else self._price(call, usage)
-        if status != 200 and not usage.input_tokens:
-            cost = 0.0 if status not in (499, 502, 504) else cost
+        cost = None if unknown else self._price(call, usage)
         await self._record(
             Call(
                 id=call.id,
@@ -371,9 +369,13 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     Raises:
         RequestError: one event is over `_EVENT_LIMIT_BYTES`.
     """
-    buffer = b""
+    buffer = held = b""
     async for chunk in content.iter_any():
-        buffer += chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
+        if held or b"\r" in chunk:  # a line end of two bytes may be cut in two
+            chunk = held + chunk
+            held = b"\r" if chunk.endswith(b"\r") else b""
+            chunk = chunk.removesuffix(b"\r").replace(b"\r\n", b"\n")
+        buffer += chunk
         while (cut := buffer.find(b"\n\n")) >= 0:
             yield buffer[: cut + 2]
             buffer = buffer[cut + 2 :]

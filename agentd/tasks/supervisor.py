@@ -104,7 +104,6 @@ class Tasks:
         self._group: asyncio.TaskGroup | None = None
         self._stopping = False
         self.blocked: str | None = "the warden has not answered yet"
-        self.in_step = False
         self._permitted = False
         self._refused: str | None = None
         self.warden = WardenClient(warden_socket, self._on_event, self._on_connect)
@@ -435,7 +434,6 @@ class Tasks:
     # -- in step with the warden ---------------------------------------------------------------------------------------
 
     async def _on_connect(self) -> None:
-        self.in_step = False
         self.hello = await self.warden.hello()
         problems = self.hello["problems"]
         if problems:
@@ -456,7 +454,6 @@ class Tasks:
                 and record.id not in self._launching
             ):
                 await self._adopt_one(record, found)
-        self.in_step = True
         if self._permitted:
             self.blocked = None
         elif self._refused is None:
