@@ -182,7 +182,8 @@ class Proxy:
                 content += await response.content.read(_ANSWER_LIMIT_BYTES + 1 - len(content))
         except (aiohttp.ClientError, TimeoutError) as error:
             status = 504 if isinstance(error, TimeoutError) else 502
-            await self._finish(call, status, Usage(), error=type(error).__name__)
+            sent = not isinstance(error, aiohttp.ClientConnectorError)
+            await self._finish(call, status, Usage(), error=type(error).__name__, unknown=sent)
             return self._error(
                 call,
                 status,
@@ -208,7 +209,7 @@ class Proxy:
             response.status,
             usage or Usage(),
             error=None if response.status < 400 else f"status {response.status}",
-            unknown=usage is None,
+            unknown=usage is None and response.status < 400,
         )
         passed = {name: response.headers[name] for name in _PASSED_HEADERS if name in response.headers}
         return Answer(
