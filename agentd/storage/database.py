@@ -117,12 +117,15 @@ class Database:
                     closing = True
                 else:
                     batch.append(more)
-            self._commit(batch)
+            # From here on a caller that is cancelled no longer stops its change; before, it was never made.
+            self._commit([one for one in batch if one[1].set_running_or_notify_cancel()])
             if closing:
                 return
 
     def _commit(self, batch: list[tuple[Callable[[Transaction], Any], Future[Any]]]) -> None:
         done: list[tuple[Future[Any], Any]] = []
+        if not batch:
+            return
         try:
             with self._env.begin(write=True) as outer:
                 for change, future in batch:

@@ -130,12 +130,34 @@ def recall(record: Path) -> Roots | None:
     return roots if all(path.is_dir() for path in (roots.unified, *roots.v1.values())) else None
 
 
-def prepare(roots: Roots) -> None:
-    """Make the roots and hand the controllers down to `tenants/`.
+def _step_aside(base: Path) -> None:
+    """Let our own v2 group hand its controllers down: inner groups hold no processes, so the warden moves into a leaf of it.
+
+    Raises:
+        HostLacks: other processes are in the same group, which are not ours to move.
+    """
+    if set(NEEDED) <= set(_read(base / "cgroup.subtree_control").split()):
+        return
+    others = [pid for pid in _read(base / "cgroup.procs").split() if int(pid) != os.getpid()]
+    if others and (base / "cgroup.type").exists():  # the root of the hierarchy, which has no type, may hold processes
+        raise HostLacks(
+            f"cannot make control groups below {base}: other processes are in it",
+            hint="start the warden in a group of its own: systemd-run --scope -p Delegate=yes",
+        )
+    leaf = base / "agentd-warden"
+    leaf.mkdir(exist_ok=True)
+    (leaf / "cgroup.procs").write_text(str(os.getpid()))
+    _hand_down(base)
+
+
+def prepare(roots: Roots, *, delegated: bool = False) -> None:
+    """Make the roots and hand the controllers down to `tenants/`. `delegated`: the root was given to us by name.
 
     Raises:
         HostLacks: a needed controller cannot be handed down.
     """
+    if not roots.v1 and not delegated:
+        _step_aside(roots.unified.parent)
     roots.unified.mkdir(exist_ok=True)
     residents = _read(roots.unified / "cgroup.procs").split()
     if residents and not roots.v1:

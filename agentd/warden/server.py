@@ -81,7 +81,7 @@ class Server:
                     hint="systemctl start agentd-sandboxes.service",
                 )
         try:
-            cgroups.prepare(roots)
+            cgroups.prepare(roots, delegated=bool(self._config.cgroup))
             cgroups.remember(roots, record)
         except OSError as error:
             raise HostLacks(
@@ -359,7 +359,11 @@ class Server:
 def end(places: Places, config: WardenConfig) -> None:
     """End every sandbox and take away everything a warden has made in the kernel. No warden may be running."""
     server = Server(places, config)
-    sandboxes, gateway = server.parts()
+    try:
+        sandboxes, gateway = server.parts()
+    except HostLacks as error:
+        say(4, "nothing to end", reason=error.message)
+        return
     for sandbox in list(sandboxes.live.values()):
         sandboxes.collect(sandbox)
     sandboxes.close()

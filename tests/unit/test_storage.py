@@ -71,6 +71,19 @@ async def test_a_change_that_fails_leaves_nothing_and_fails_alone(tmp_path: Path
     database.close()
 
 
+async def test_a_caller_that_is_cancelled_does_not_stop_the_writer(tmp_path: Path) -> None:
+    database = Database(tmp_path / "db", ("t",))
+    callers = [asyncio.ensure_future(database.write(lambda txn, i=i: txn.put("t", b"%d" % i, b""))) for i in range(50)]  # type: ignore[misc]
+    await asyncio.sleep(0)
+    for caller in callers[::2]:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    await asyncio.wait_for(database.write(lambda txn: txn.put("t", b"last", b"")), 5)
+    with database.read() as txn:
+        assert txn.get("t", b"last") == b"" and all(txn.get("t", b"%d" % i) is not None for i in range(1, 50, 2))
+    database.close()
+
+
 WRITER = """
 import asyncio, sys
 from pathlib import Path
