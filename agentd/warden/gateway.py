@@ -28,6 +28,8 @@ from agentd.warden import netlink as nl
 from agentd.warden import syscalls as sc
 
 TABLE = "agentd"
+NEIGHBOUR6 = "fe80::1"
+"""The gateway's end of every veth: IPv6 answers neighbour solicitations only for an interface's own addresses, IPv4's ARP for all."""
 ETH_INDEX = 2
 """The index of eth0 inside: fixed, so that nothing has to be looked up; lo is 1."""
 
@@ -181,6 +183,7 @@ class Gateway:
                     nl.set_link(None, index, alias),
                     nl.new_route(index, wire.address4, None, socket.AF_INET),
                     nl.new_route(index, wire.address6, None, socket.AF_INET6),
+                    nl.new_address(index, NEIGHBOUR6),
                 ],
                 "cannot route to a sandbox",
             )
@@ -191,9 +194,8 @@ class Gateway:
                     nl.new_address(ETH_INDEX, wire.address4),
                     nl.new_address(ETH_INDEX, wire.address6),
                     nl.new_route(ETH_INDEX, addresses.GATEWAY4, None, socket.AF_INET),
-                    nl.new_route(ETH_INDEX, addresses.GATEWAY6, None, socket.AF_INET6),
                     nl.new_route(ETH_INDEX, None, addresses.GATEWAY4, socket.AF_INET),
-                    nl.new_route(ETH_INDEX, None, addresses.GATEWAY6, socket.AF_INET6),
+                    nl.new_route(ETH_INDEX, None, NEIGHBOUR6, socket.AF_INET6),
                 ],
                 "cannot configure a sandbox's network",
             )

@@ -87,6 +87,7 @@ class Workspaces:
             for part in parents:
                 try:
                     os.mkdir(part, 0o755, dir_fd=directory)
+                    os.chmod(part, 0o755, dir_fd=directory)  # whatever our umask took away
                     os.chown(part, owner, owner, dir_fd=directory, follow_symlinks=False)
                 except FileExistsError:
                     pass

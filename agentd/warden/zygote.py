@@ -120,6 +120,8 @@ def spawn(plan: dict[str, Any], fds: dict[str, int], stage: str, channel: socket
 def _become_pid1(plan: dict[str, Any], fds: dict[str, int], trees: list[int], userns: int, stage: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")  # with CAP_SYS_RESOURCE this is also the floor, below which nobody in the sandbox gets
     sc.set_title("agentd-init")
     sc.setns(fds["netns"], sc.CLONE_NEWNET)
     sc.unshare(sc.CLONE_NEWCGROUP)
