@@ -35,9 +35,7 @@ class Call:
         """A remark on stderr."""
         self.err.line(f"agentctl: {text}")
 
-    def each(
-        self, ids: Iterable[str], act: Callable[[str], dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], int]:
+    def each(self, ids: Iterable[str], act: Callable[[str], dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
         """What `act` found for every id, and the exit code: that of the first failure, whose cause is on
         stderr.
 
@@ -100,9 +98,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageFailure` with a suggestion and whose help begins with examples."""
 
     def __init__(self, verb: str, summary: str, examples: str):
-        super().__init__(
-            prog=f"agentctl {verb}", description=summary, allow_abbrev=False, formatter_class=_formatter
-        )
+        super().__init__(prog=f"agentctl {verb}", description=summary, allow_abbrev=False, formatter_class=_formatter)
         self.verb = verb
         self.examples = examples
 
@@ -140,9 +136,7 @@ class Parser(argparse.ArgumentParser):
         hint = f"see `agentctl {self.verb} --help`"
         if self.verb in ("run", "submit"):
             hint = "put the command behind `--`: agentctl " + self.verb + " [flags] -- COMMAND..."
-        raise UsageFailure(
-            f"cannot read the arguments of {self.verb}: {left[0]!r} is one too many", hint=hint
-        )
+        raise UsageFailure(f"cannot read the arguments of {self.verb}: {left[0]!r} is one too many", hint=hint)
 
     def format_help(self) -> str:
         """What it is, examples, then the reference."""

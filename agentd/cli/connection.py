@@ -61,9 +61,7 @@ class Answer:
         self.complete = False
         self._raw = bytearray()
         self._body = bytearray()
-        self._left: int | None = (
-            None  # bytes of this body or chunk still to come; None: until the connection ends
-        )
+        self._left: int | None = None  # bytes of this body or chunk still to come; None: until the connection ends
         self._chunked = False
         self._stage = "head"
 
@@ -287,14 +285,10 @@ class Client:
                 connection.sendall(head.encode("ascii") + b"\r\n" + payload)
             except TimeoutError as error:
                 connection.close()
-                raise Unreachable(
-                    f"cannot reach the daemon: it took nothing within {timeout_s:g} s"
-                ) from error
+                raise Unreachable(f"cannot reach the daemon: it took nothing within {timeout_s:g} s") from error
         return Exchange(connection)
 
-    def call(
-        self, method: str, where: str, body: object = None, *, timeout_s: float = 30.0
-    ) -> dict[str, Any]:
+    def call(self, method: str, where: str, body: object = None, *, timeout_s: float = 30.0) -> dict[str, Any]:
         """The JSON object of a 2xx answer.
 
         Raises:
@@ -319,9 +313,7 @@ class Client:
                 try:
                     connection.connect(where)
                     return connection
-                except (
-                    BlockingIOError
-                ):  # the listener's backlog is full: on AF_UNIX nothing tells when it is not
+                except BlockingIOError:  # the listener's backlog is full: on AF_UNIX nothing tells when it is not
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.01)
@@ -360,11 +352,7 @@ def _unreachable(path: Path, error: OSError) -> Unreachable:
     systemd = Path("/run/systemd/system").is_dir()
     below = os.environ.get("AGENTD_ROOT")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        start = (
-            "start it with `systemctl start agentd`"
-            if systemd
-            else "start it with `sudo ./scripts/quickstart`"
-        )
+        start = "start it with `systemctl start agentd`" if systemd else "start it with `sudo ./scripts/quickstart`"
         if os.environ.get("AGENTD_SOCKET"):
             where = "AGENTD_SOCKET names this path"
         elif below:
@@ -379,11 +367,7 @@ def _unreachable(path: Path, error: OSError) -> Unreachable:
             hint=f"`sudo usermod -aG {group} $USER` and log in again, or use sudo",
         )
     if isinstance(error, ConnectionRefusedError):
-        look = (
-            "`systemctl status agentd` says why, "
-            if systemd
-            else "`sudo ./scripts/quickstart` starts it again, "
-        )
+        look = "`systemctl status agentd` says why, " if systemd else "`sudo ./scripts/quickstart` starts it again, "
         return Unreachable(
             f"cannot reach the daemon: nothing listens on {path} any more",
             hint=look + "`agentctl doctor` checks the host",

@@ -263,9 +263,7 @@ class Output:
         with self._client.open("GET", target(task_path(self._task, "/logs"))) as exchange:
             decoder = FrameDecoder()
             while data := exchange.receive(30.0):
-                if exchange.status != 200 or exchange.headers.get("content-type", "").startswith(
-                    "application/json"
-                ):
+                if exchange.status != 200 or exchange.headers.get("content-type", "").startswith("application/json"):
                     self._check(exchange, data)
                     return []
                 for frame in self._wanted(decoder.feed(data)):
@@ -337,9 +335,7 @@ class Journal:
         pipe = self._process.stdout
         assert pipe is not None
         if self._last_read:
-            timeout_s = (
-                0.5  # journald takes entries in by itself: what the task wrote last may still be on its way
-            )
+            timeout_s = 0.5  # journald takes entries in by itself: what the task wrote last may still be on its way
         ready = _readable(pipe.fileno(), wake_fd, timeout_s)
         if pipe.fileno() not in ready:
             return None if self._last_read and not ready else []
@@ -364,9 +360,7 @@ def journal_frame(line: bytes) -> Frame | None:
     if not isinstance(entry, dict) or ("AGENTD_STREAM" not in entry and "AGENTD_EVENT" in entry):
         return None
     message = entry.get("MESSAGE")
-    data = (
-        bytes(message) if isinstance(message, list) else str(message or "").encode("utf-8", "surrogateescape")
-    )
+    data = bytes(message) if isinstance(message, list) else str(message or "").encode("utf-8", "surrogateescape")
     stream = "stderr" if entry.get("AGENTD_STREAM") == "stderr" else "stdout"
     return Frame(stream, int(entry.get("__REALTIME_TIMESTAMP", 0)) / 1e6, data + b"\n")
 

@@ -22,9 +22,7 @@ from typing import Any
 
 KERNEL_MIN = (5, 15)
 CONTROLLERS = ("cpu", "memory", "pids")
-ELSEWHERE = (
-    "this host cannot sandbox at all: `sudo ./scripts/quickstart --vm` runs agentd in a virtual machine on it"
-)
+ELSEWHERE = "this host cannot sandbox at all: `sudo ./scripts/quickstart --vm` runs agentd in a virtual machine on it"
 
 # Runs in a fresh interpreter: libc is called from there, since os.unshare came with Python 3.12, and a
 # namespace once left cannot be entered again. System call 444 is
@@ -126,9 +124,7 @@ def kernel(release: str | None = None) -> Check:
     found = re.match(r"(\d+)\.(\d+)", release)
     ok = found is not None and (int(found[1]), int(found[2])) >= KERNEL_MIN
     wanted = ".".join(map(str, KERNEL_MIN))
-    return Check(
-        "kernel", ok, release, f"install a kernel {wanted} or later (cgroup.kill, idmapped mounts, Landlock)"
-    )
+    return Check("kernel", ok, release, f"install a kernel {wanted} or later (cgroup.kill, idmapped mounts, Landlock)")
 
 
 def privileges() -> Check:
@@ -272,9 +268,7 @@ def nftables(run: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess
     argv = ["nft", "--version"] if os.geteuid() else ["nft", "--check", "add table inet agentd_doctor"]
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
-        done = run(
-            argv, check=False, capture_output=True, timeout=10, stdin=subprocess.DEVNULL, env={"PATH": path}
-        )
+        done = run(argv, check=False, capture_output=True, timeout=10, stdin=subprocess.DEVNULL, env={"PATH": path})
     except FileNotFoundError:
         return Check(name, False, "there is no nft", "apt-get install nftables")
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -282,9 +276,7 @@ def nftables(run: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
         why = said[0] if said else f"exit code {done.returncode}"
-        return Check(
-            name, False, f"the kernel refuses: {why}", "load nf_tables, and run where CAP_NET_ADMIN is given"
-        )
+        return Check(name, False, f"the kernel refuses: {why}", "load nf_tables, and run where CAP_NET_ADMIN is given")
     return Check(name, True, "nft runs" if os.geteuid() else "nft runs and the kernel takes tables")
 
 
@@ -299,9 +291,7 @@ def seccomp(root: Path = Path("/")) -> Check:
 def libseccomp(probe: dict[str, Any]) -> Check:
     """The library that compiles the filters."""
     ok = bool(probe.get("libseccomp"))
-    return Check(
-        "libseccomp", ok, "libseccomp.so.2" if ok else "no libseccomp.so.2", "apt-get install libseccomp2"
-    )
+    return Check("libseccomp", ok, "libseccomp.so.2" if ok else "no libseccomp.so.2", "apt-get install libseccomp2")
 
 
 def overlayfs(root: Path = Path("/")) -> Check:
@@ -309,18 +299,14 @@ def overlayfs(root: Path = Path("/")) -> Check:
     known = "overlay" in _words(root / "proc/filesystems")
     module = any((root / "lib/modules" / platform.release()).glob("kernel/fs/overlayfs/overlay.ko*"))
     detail = "built in or loaded" if known else "as a module" if module else "none"
-    return Check(
-        "overlayfs", known or module, detail, "modprobe overlay; only image roots need it", required=False
-    )
+    return Check("overlayfs", known or module, detail, "modprobe overlay; only image roots need it", required=False)
 
 
 def landlock(probe: dict[str, Any]) -> Check:
     """A second wall around the files, where the kernel has it."""
     version = int(probe.get("landlock") or 0)
     detail = f"ABI {version}" if version else "none"
-    return Check(
-        "Landlock", version > 0, detail, "boot with lsm=landlock,... to have a second wall", required=False
-    )
+    return Check("Landlock", version > 0, detail, "boot with lsm=landlock,... to have a second wall", required=False)
 
 
 def service_manager(root: Path = Path("/")) -> Check:

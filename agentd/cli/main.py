@@ -97,12 +97,8 @@ def parser_of(name: str) -> Parser:
     module = module_of(name)
     parser = Parser(name, (VERBS | HIDDEN)[name].summary, module.EXAMPLES)
     module.arguments(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="for programs: one JSON document, or one per line"
-    )
-    parser.add_argument(
-        "--color", choices=COLORS, default="auto", metavar="WHEN", help="auto, always or never"
-    )
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON document, or one per line")
+    parser.add_argument("--color", choices=COLORS, default="auto", metavar="WHEN", help="auto, always or never")
     return parser
 
 
@@ -181,9 +177,7 @@ def _dispatch(argv: list[str]) -> int:
 def _stderr(argv: list[str]) -> Terminal:
     """stderr as it was asked for, even where the arguments did not parse."""
     for index, word in enumerate(argv):
-        wanted = (
-            argv[index + 1] if word == "--color" and index + 1 < len(argv) else word.removeprefix("--color=")
-        )
+        wanted = argv[index + 1] if word == "--color" and index + 1 < len(argv) else word.removeprefix("--color=")
         if word.startswith("--color") and wanted in COLORS:
             return Terminal(sys.stderr, wanted)
     return Terminal(sys.stderr)

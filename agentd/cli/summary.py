@@ -110,9 +110,7 @@ def summary_lines(task: Mapping[str, Any], terminal: Terminal) -> list[str]:
     if task.get("state") != "succeeded" and task.get("detail"):
         found.append(f"  {harmless(task['detail'])}")
     if task.get("state") != "succeeded" and task.get("reason") == "start_failed":
-        found.append(
-            f"  agentd could not start it (exit code {exit_code_of(task)}); `agentctl doctor` checks the host"
-        )
+        found.append(f"  agentd could not start it (exit code {exit_code_of(task)}); `agentctl doctor` checks the host")
     if task.get("has_result"):
         found.append(f"  its result: agentctl result {task.get('id')}")
     return found

@@ -33,16 +33,12 @@ def arguments(parser: Parser) -> None:
     """The flags of `run` and `submit`: the names of a task's fields."""
     parser.set_defaults(verb=parser.verb)
     parser.usage = f"agentctl {parser.verb} [flags] [FILE.toml|FILE.json|-] [-- COMMAND...]"
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", help="a task file, TOML or JSON; - reads standard input"
-    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a task file, TOML or JSON; - reads standard input")
     parser.add_argument("-f", "--file", dest="file_flag", metavar="FILE", help="the same as a flag")
     task = parser.add_argument_group("the task (each goes before the file's value)")
     task.add_argument("--name", metavar="TEXT", help="a name for people")
     task.add_argument("--class", metavar="CLASS", help="interactive, normal or batch")
-    task.add_argument(
-        "--priority", type=int, metavar="N", help="-100 to 100; higher starts earlier within its class"
-    )
+    task.add_argument("--priority", type=int, metavar="N", help="-100 to 100; higher starts earlier within its class")
     task.add_argument("--tenant", metavar="NAME", help="on whose account it runs")
     task.add_argument(
         "--env",
@@ -96,9 +92,7 @@ def body_of(args: argparse.Namespace, command: Sequence[str] | None) -> dict[str
     if command is not None:
         body["command"] = list(command)
     if not body.get("command"):
-        raise UsageFailure(
-            "cannot submit a task without a command", hint="put it behind `--`, or name a task file"
-        )
+        raise UsageFailure("cannot submit a task without a command", hint="put it behind `--`, or name a task file")
     for key, entries in (("env", map(_variable, args.env)), ("labels", map(_label, args.label))):
         found = dict(entries)
         if found:
@@ -187,9 +181,7 @@ def _table(value: object, field: str) -> dict[str, Any]:
 def _variable(text: str) -> tuple[str, str]:
     name, given, value = text.partition("=")
     if not name:
-        raise UsageFailure(
-            f"cannot read --env {text!r}: it has no name", hint="write --env NAME=VALUE or --env NAME"
-        )
+        raise UsageFailure(f"cannot read --env {text!r}: it has no name", hint="write --env NAME=VALUE or --env NAME")
     if given:
         return name, value
     here = os.environ.get(name)
@@ -235,7 +227,7 @@ def _mount(entry: object, directory: Path) -> object:
 
 
 def _absolute(source: str, directory: Path) -> str:
-    return os.path.abspath(directory / Path(source).expanduser())  # noqa: PTH100 - resolve() would follow links
+    return os.path.abspath(directory / Path(source).expanduser())
 
 
 def _read_inputs(entries: Sequence[tuple[Path, object]]) -> list[object]:
@@ -300,9 +292,7 @@ def without_content(spec: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(spec)
     if isinstance(found.get("inputs"), list):
         found["inputs"] = [
-            {"path": one.get("path"), "bytes": len(one.get("base64") or "") * 3 // 4}
-            if isinstance(one, dict)
-            else one
+            {"path": one.get("path"), "bytes": len(one.get("base64") or "") * 3 // 4} if isinstance(one, dict) else one
             for one in found["inputs"]
         ]
     return found

@@ -40,9 +40,7 @@ def harmless(text: object) -> str:
 
     def written(found: re.Match[str]) -> str:
         code = ord(found[0])
-        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (
-            f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-        )
+        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
     return _HARMFUL.sub(written, str(text))
 
@@ -54,8 +52,7 @@ def width(text: str) -> int:
     import unicodedata
 
     return sum(
-        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1
-        for one in text
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text
     )
 
 
@@ -143,9 +140,7 @@ class Terminal:
 
         self.line(json.dumps(value, ensure_ascii=not self.unicode))
 
-    def table(
-        self, header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None
-    ) -> None:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> None:
         """Writes aligned columns; the cells are harmless already."""
         sizes = [max(width(row[index]) for row in (header, *rows)) for index in range(len(header))]
         for number, row in enumerate((header, *rows)):

@@ -203,7 +203,11 @@ async def examine(warden: WardenClient, hello: dict[str, Any]) -> list[Check]:
             async with asyncio.timeout(PROBE_S):
                 checks += await probe(warden)
         except TimeoutError:
-            checks.append(Check("the probe ends", False, f"not within {PROBE_S:.0f} s", "see journalctl -u agentd-warden"))
+            checks.append(
+                Check("the probe ends", False, f"not within {PROBE_S:.0f} s", "see journalctl -u agentd-warden")
+            )
         except AgentdError as error:
-            checks.append(Check("the probe runs", False, error.message, error.hint or "see journalctl -u agentd-warden"))
+            checks.append(
+                Check("the probe runs", False, error.message, error.hint or "see journalctl -u agentd-warden")
+            )
     return checks

@@ -467,6 +467,7 @@ class Tasks:
                 record, states.NotStarted() if record.life.state is State.STARTING else states.Lost(), epoch=epoch
             )
             return
+        record.workspace = record.workspace or f"{self.hello.get('workspaces', '')}/{record.id}"
         live = self._live.get(record.id)
         status, pipes = await self.warden.attach(record.id, epoch)
         if live is not None and live.reading is not None and not live.reading.done():
@@ -614,7 +615,7 @@ class Tasks:
         deadline = self._clock() + DIE_S
         while record.id in self._holding and self._clock() < deadline:
             await asyncio.sleep(0.01)
-        if record.workspace is not None:
+        if record.life.epoch:
             await self.warden.remove_workspace(record.id)
         await self._store.remove(record.id)
         await self._memory.forget(Scope.TASK, record.id)

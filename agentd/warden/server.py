@@ -50,7 +50,8 @@ class Server:
         self._stop = False
         self._problems: list[dict[str, str]] = []
         run = places.warden_run
-        run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        os.chmod(run, 0o755)  # whoever may not talk to us learns that from the socket, not from the directory
         self._run = run
         self._workspaces = Workspaces(places.workspaces)
         self._roots: cgroups.Roots | None = None
@@ -369,7 +370,10 @@ def end(places: Places, config: WardenConfig) -> None:
     sandboxes.close()
     server.remove_groups()
     if not config.cgroup:
-        os.kill(gateway.holder_pid, signal.SIGTERM)
+        holder = os.pidfd_open(gateway.holder_pid)
+        signal.pidfd_send_signal(holder, signal.SIGTERM)
+        select.select([holder], [], [], 5.0)
+        os.close(holder)
         (places.warden_run / "holder").unlink(missing_ok=True)
     say(6, "everything has ended")
 

@@ -25,7 +25,9 @@ def agentd(method, path, body=None):
     headers = {"Authorization": f"Bearer {os.environ['AGENTD_TOKEN']}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(BASE + path, data, headers, method=method), timeout=30) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(BASE + path, data, headers, method=method), timeout=30
+        ) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 404:

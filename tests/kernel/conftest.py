@@ -92,9 +92,21 @@ class Client:
         return found, given
 
     def spec(self, name: str, argv: list[str], **more: Any) -> dict[str, Any]:
-        limits = {"memory_bytes": more.pop("memory", 256 << 20), "cpus": more.pop("cpus", 1.0), "pids": more.pop("pids", 64)}
+        limits = {
+            "memory_bytes": more.pop("memory", 256 << 20),
+            "cpus": more.pop("cpus", 1.0),
+            "pids": more.pop("pids", 64),
+        }
         env = {"PATH": PATH, "HOME": "/workspace"} | more.pop("env", {})
-        fixed = {"id": name, "epoch": 1, "tenant": "tests", "argv": argv, "env": env, "cwd": "/workspace", "limits": limits}
+        fixed = {
+            "id": name,
+            "epoch": 1,
+            "tenant": "tests",
+            "argv": argv,
+            "env": env,
+            "cwd": "/workspace",
+            "limits": limits,
+        }
         return fixed | more
 
     def start(self, name: str, argv: list[str], **more: Any) -> tuple[dict[str, Any], list[int]]:
@@ -144,6 +156,7 @@ class Warden:
         self.environ = os.environ | {"AGENTD_ROOT": str(root)}
         (root / "etc/agentd").mkdir(parents=True)
         (root / "shared").mkdir()
+        (root / "run").mkdir(exist_ok=True)
         text = f'daemon_user = "0"\nmount_roots = ["{root}/shared"]\n'
         (root / "etc/agentd/warden.toml").write_text(text)
         self.process: subprocess.Popen[bytes] | None = None
@@ -151,7 +164,9 @@ class Warden:
     def up(self) -> None:
         log = open(self.root / "warden.log", "ab")
         with log:
-            self.process = subprocess.Popen([sys.executable, *self.program], cwd=ROOT, env=self.environ, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, *self.program], cwd=ROOT, env=self.environ, stdout=log, stderr=log
+            )
         until(self._answers, 30, lambda: (self.root / "warden.log").read_text())
 
     def _answers(self) -> bool:
@@ -174,14 +189,18 @@ class Warden:
         """Stop it, end everything it made, and see that nothing is left."""
         if self.process is not None and self.process.poll() is None:
             self.down()
-        subprocess.run([sys.executable, "-m", "agentd.warden", "end"], cwd=ROOT, env=self.environ, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "agentd.warden", "end"], cwd=ROOT, env=self.environ, check=True, capture_output=True
+        )
 
     def holder(self) -> int:
         return int((self.run / "holder").read_text().split()[0])
 
     def gateway(self, *command: str) -> str:
         """Run a command in the gateway's network namespace."""
-        done = subprocess.run(["nsenter", f"--net=/proc/{self.holder()}/ns/net", *command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["nsenter", f"--net=/proc/{self.holder()}/ns/net", *command], capture_output=True, text=True, check=True
+        )
         return done.stdout
 
 

@@ -49,7 +49,9 @@ def test_identity_environment_and_place_are_as_given(client: Client) -> None:
 
 def test_all_eight_namespaces_are_its_own(client: Client) -> None:
     names = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup", "time")
-    found = client.run(f"import os, json; print(json.dumps([os.readlink('/proc/self/ns/' + n) for n in {names}]))").json()
+    found = client.run(
+        f"import os, json; print(json.dumps([os.readlink('/proc/self/ns/' + n) for n in {names}]))"
+    ).json()
     host = [os.readlink(f"/proc/self/ns/{name}") for name in names]
     assert all(inside != outside for inside, outside in zip(found, host, strict=True))
 
@@ -80,7 +82,10 @@ def test_a_program_that_is_not_there_is_named_and_nothing_is_left(client: Client
 
 
 def test_ten_at_once_share_neither_ids_nor_addresses(client: Client) -> None:
-    started = {f"many{i}": client.start(f"many{i}", ["sh", "-c", "stat -c %u /workspace; cat /proc/self/uid_map; sleep 0.2"]) for i in range(10)}
+    started = {
+        f"many{i}": client.start(f"many{i}", ["sh", "-c", "stat -c %u /workspace; cat /proc/self/uid_map; sleep 0.2"])
+        for i in range(10)
+    }
     ran = {name: client.finish(name, fds) for name, (_, fds) in started.items()}
     assert len({status["address4"] for status, _ in started.values()}) == 10
     assert all(one.out.splitlines()[0] == "1000" for one in ran.values())

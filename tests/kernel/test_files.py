@@ -30,14 +30,26 @@ def test_only_workspace_and_temporary_places_can_be_written(client: Client) -> N
             return True
         print(json.dumps({path: write(path) for path in ("/", "/usr", "/usr/bin", "/etc", "/dev", "/sys", "/opt", "/home", "/workspace", "/tmp", "/var/tmp", "/dev/shm", "/run")}))
         """).json()
-    assert {path for path, written in found.items() if written} == {"/workspace", "/tmp", "/var/tmp", "/dev/shm", "/run"}
+    assert {path for path, written in found.items() if written} == {
+        "/workspace",
+        "/tmp",
+        "/var/tmp",
+        "/dev/shm",
+        "/run",
+    }
 
 
 def test_the_hosts_files_are_not_there(client: Client, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     marker.write_text("secret")
     tmp_path.chmod(0o755)
-    ran = client.run(["sh", "-c", f"cat {marker}; cat /proc/self/root{marker}; cat /etc/shadow; ls /root /home /boot; ls /usr/bin/env; cat /etc/passwd"])
+    ran = client.run(
+        [
+            "sh",
+            "-c",
+            f"cat {marker}; cat /proc/self/root{marker}; cat /etc/shadow; ls /root /home /boot; ls /usr/bin/env; cat /etc/passwd",
+        ]
+    )
     assert "secret" not in ran.out and ran.err.count("No such file") >= 4
     assert "/usr/bin/env" in ran.out and ran.out.count("\n") <= 8
     assert "agent:x:1000" in ran.out
@@ -67,11 +79,15 @@ def test_an_input_cannot_leave_the_workspace(client: Client, path: str) -> None:
         client.ask("put", [memfd(b"x")], id="inputs", path=path)
 
 
-def test_an_input_never_follows_a_link_that_an_earlier_attempt_planted(client: Client, warden: Warden, tmp_path: Path) -> None:
+def test_an_input_never_follows_a_link_that_an_earlier_attempt_planted(
+    client: Client, warden: Warden, tmp_path: Path
+) -> None:
     victim, directory = tmp_path / "victim", tmp_path / "directory"
     victim.write_text("untouched")
     directory.mkdir()
-    client.run(["sh", "-c", f"ln -s {victim} file; ln -s {directory} folder; ln -s /etc deep"], name="linked", keep=True)
+    client.run(
+        ["sh", "-c", f"ln -s {victim} file; ln -s {directory} folder; ln -s /etc deep"], name="linked", keep=True
+    )
     planted = warden.root / "var/lib/agentd-warden/workspaces/linked"
     assert (planted / "file").read_text() == "untouched"  # what a careless writer would have followed
     client.ask("put", [memfd(b"input")], id="linked", path="file")

@@ -29,7 +29,10 @@ def test_memory_over_the_limit_ends_the_program_and_is_called_so(client: Client)
 def test_memory_file_systems_count_as_memory(client: Client, place: str) -> None:
     ran = client.run(["sh", "-c", f"head -c 200M /dev/zero > {place}/x; echo ended $?"], memory=64 << 20)
     assert "ended 0" not in ran.out
-    assert client.run(["sh", "-c", f"head -c 20M /dev/zero > {place}/x; echo ended $?"], memory=128 << 20).out == "ended 0\n"
+    assert (
+        client.run(["sh", "-c", f"head -c 20M /dev/zero > {place}/x; echo ended $?"], memory=128 << 20).out
+        == "ended 0\n"
+    )
 
 
 FORKS = """

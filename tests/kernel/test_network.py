@@ -97,10 +97,19 @@ def test_names_fail_at_once(client: Client) -> None:
 
 
 def test_sandboxes_do_not_reach_each_other(client: Client, api: list[socket.socket]) -> None:
-    status, fds = client.start("server", ["python3", "-c", "import socket, time; s = socket.create_server(('0.0.0.0', 8000)); print('up', flush=True); s.accept()"])
+    status, fds = client.start(
+        "server",
+        [
+            "python3",
+            "-c",
+            "import socket, time; s = socket.create_server(('0.0.0.0', 8000)); print('up', flush=True); s.accept()",
+        ],
+    )
     try:
         assert open(fds[0], "rb", closefd=False).readline() == b"up\n"
-        assert reach(client, [[status["address4"], 8000], [status["address6"], 8000], ["10.199.255.1", 80]]) == ["ConnectionRefusedError"] * 2 + ["open"]
+        assert reach(client, [[status["address4"], 8000], [status["address6"], 8000], ["10.199.255.1", 80]]) == [
+            "ConnectionRefusedError"
+        ] * 2 + ["open"]
     finally:
         client.ask("signal", id="server", epoch=1, signo=9)
         client.finish("server", fds)
@@ -125,7 +134,13 @@ def test_the_printed_rules_are_the_rules_in_force(client: Client, warden: Warden
     assert len(elements) == 7
     for element in elements:
         assert element.replace(" : ", " : ").replace("tcp . 80", "tcp . 80") in " ".join(listed.split()), element
-    done = subprocess.run(["unshare", "--net", "nft", "-c", "-f", "-"], input=skeleton_text() + text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["unshare", "--net", "nft", "-c", "-f", "-"],
+        input=skeleton_text() + text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     client.ask("signal", id="shown", epoch=1, signo=9)
     client.finish("shown", fds)
@@ -143,7 +158,9 @@ def test_without_the_rules_the_gateway_would_answer(own_warden: Callable[..., Wa
     own = own_warden()
     client = own.client()
     program = "import socket; s = socket.create_server(('10.199.255.1', 81)); print('up', flush=True)\nwhile True: c, _ = s.accept(); c.recv(2); c.sendall(b'ok'); c.close()"
-    server = subprocess.Popen(["nsenter", f"--net=/proc/{own.holder()}/ns/net", "python3", "-c", program], stdout=subprocess.PIPE)
+    server = subprocess.Popen(
+        ["nsenter", f"--net=/proc/{own.holder()}/ns/net", "python3", "-c", program], stdout=subprocess.PIPE
+    )
     try:
         assert server.stdout is not None and server.stdout.readline() == b"up\n"
         assert reach(client, [["10.199.255.1", 81]]) == ["ConnectionRefusedError"]

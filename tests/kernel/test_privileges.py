@@ -194,7 +194,9 @@ def test_the_kernels_settings_cannot_be_written(client: Client) -> None:
 def test_the_oom_score_is_fixed(client: Client) -> None:
     """Only who holds CAP_SYS_RESOURCE sets the floor; a host that denies it to root keeps the floor it was given."""
     capabilities = int(next(line for line in open("/proc/self/status") if line.startswith("CapEff")).split()[1], 16)
-    lowered = client.run("print(open('/proc/self/oom_score_adj').read().strip()); open('/proc/self/oom_score_adj', 'w').write('-1')")
+    lowered = client.run(
+        "print(open('/proc/self/oom_score_adj').read().strip()); open('/proc/self/oom_score_adj', 'w').write('-1')"
+    )
     assert lowered.out == "500\n"
     if capabilities >> 24 & 1:
         assert lowered.code == 1 and "PermissionError" in lowered.err
@@ -209,7 +211,13 @@ def test_no_device_can_be_made_and_setuid_gains_nothing(client: Client) -> None:
         os.mkfifo("/workspace/fifo")
         """)
     assert ran.code == 0 and ran.out == "PermissionError\n"
-    ran = client.run(["sh", "-c", "for f in /usr/bin/su /usr/bin/mount /usr/bin/passwd; do test -u $f && echo setuid; done; mount -t tmpfs x /mnt; su -c id"])
+    ran = client.run(
+        [
+            "sh",
+            "-c",
+            "for f in /usr/bin/su /usr/bin/mount /usr/bin/passwd; do test -u $f && echo setuid; done; mount -t tmpfs x /mnt; su -c id",
+        ]
+    )
     assert "uid=0" not in ran.out and ran.code != 0
 
 

@@ -134,9 +134,7 @@ class Image:
         """The checkout's image, from the cache or made now (minutes, and root)."""
         script = Path(__file__).resolve().parents[2] / "scripts" / "vm"
         try:
-            made = subprocess.run(
-                ["/usr/bin/python3", script, "build"], check=True, stdout=subprocess.PIPE, text=True
-            )
+            made = subprocess.run(["/usr/bin/python3", script, "build"], check=True, stdout=subprocess.PIPE, text=True)
         except subprocess.CalledProcessError as error:
             raise MachineError(f"cannot build the image: scripts/vm build ended with {error.returncode}")
         folders = json.loads(made.stdout)
@@ -144,7 +142,7 @@ class Image:
 
 
 def accelerator(image: Image) -> str:
-    """"kvm" where this image's kernel reaches its first program under it, else "tcg".
+    """ "kvm" where this image's kernel reaches its first program under it, else "tcg".
 
     The answer holds until the host boots again and is kept beside the image.
     """

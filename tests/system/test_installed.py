@@ -44,7 +44,9 @@ def test_the_units_run_and_the_doctor_finds_nothing(host: Host) -> None:
 def test_the_daemon_is_closed_and_holds_no_capability(host: Host) -> None:
     level = re.search(r"level for agentd.service: ([\d.]+)", host.out("systemd-analyze security agentd.service"))
     assert level is not None and float(level[1]) <= 2.0
-    level = re.search(r"level for agentd-warden.service: ([\d.]+)", host.out("systemd-analyze security agentd-warden.service"))
+    level = re.search(
+        r"level for agentd-warden.service: ([\d.]+)", host.out("systemd-analyze security agentd-warden.service")
+    )
     assert level is not None and float(level[1]) < 8.0
     status = host.out("cat /proc/$(systemctl show -P MainPID agentd)/status")
     assert re.search(r"CapBnd:\s+0+$", status, re.M) and re.search(r"CapEff:\s+0+$", status, re.M)
@@ -53,7 +55,9 @@ def test_the_daemon_is_closed_and_holds_no_capability(host: Host) -> None:
 
 def test_the_watchdog_is_fed_and_readiness_is_told(host: Host) -> None:
     for unit in ("agentd", "agentd-warden"):
-        shown = dict(line.split("=", 1) for line in host.out(f"systemctl show -p WatchdogUSec -p Type {unit}").splitlines())
+        shown = dict(
+            line.split("=", 1) for line in host.out(f"systemctl show -p WatchdogUSec -p Type {unit}").splitlines()
+        )
         assert shown["WatchdogUSec"] not in ("0", "infinity") and shown["Type"] == "notify"
 
 
@@ -64,9 +68,14 @@ def test_a_task_runs_and_its_exit_code_and_output_come_back(host: Host) -> None:
 
 def test_a_task_is_below_the_delegated_group_with_its_limits(host: Host) -> None:
     task = submit(host, "sleep 60", "--memory 64M --cpus 0.5 --pids 20")
-    host.until(f"agentctl show --json {task} | grep -q '\"state\": *\"running\"'")
+    host.until(f'agentctl show --json {task} | grep -q \'"state": *"running"\'')
     group = f"/sys/fs/cgroup/agentd.slice/agentd-sandboxes.service/tenants/default/{task}"
-    assert host.out(f"cat {group}/memory.max {group}/cpu.max {group}/pids.max").split() == ["67108864", "50000", "100000", "20"]
+    assert host.out(f"cat {group}/memory.max {group}/cpu.max {group}/pids.max").split() == [
+        "67108864",
+        "50000",
+        "100000",
+        "20",
+    ]
     assert host.out(f"wc -l < {group}/agent/cgroup.procs") == "2"
     host.run(f"agentctl stop --grace 1 {task}")
     assert wait(host, task) == 122
@@ -120,7 +129,7 @@ def test_kill_9_of_daemon_and_warden_loses_neither_task_nor_exit_code(host: Host
     assert (wait(host, short), wait(host, long)) == (6, 5)
     assert host.out(f"agentctl logs {long}").splitlines() == [f"line {i}" for i in range(40)]
     assert host.out(f"agentctl logs {short}").splitlines() == [f"line {i}" for i in range(8)]
-    host.until("test -z \"$(ls /run/agentd-warden/sandboxes)\"")
+    host.until('test -z "$(ls /run/agentd-warden/sandboxes)"')
 
 
 def test_reload_makes_a_new_configuration_take_effect_and_refuses_a_wrong_one(host: Host) -> None:
@@ -143,12 +152,16 @@ def test_reload_makes_a_new_configuration_take_effect_and_refuses_a_wrong_one(ho
 
 
 def test_output_can_go_to_the_journal(host: Host) -> None:
-    host.run("printf '[log]\\ntasks = \"journald\"\\n' > /etc/agentd/agentd.toml.d/journal.toml; systemctl restart agentd")
+    host.run(
+        "printf '[log]\\ntasks = \"journald\"\\n' > /etc/agentd/agentd.toml.d/journal.toml; systemctl restart agentd"
+    )
     host.ready()
     task = submit(host, "echo to the journal; echo and errors >&2")
     wait(host, task)
     host.until(f"agentctl logs {task} | grep -q 'to the journal'")
-    streams = host.out(f"journalctl AGENTD_TASK={task} AGENTD_EVENT=output -o json | jq -r '.AGENTD_STREAM + \": \" + .MESSAGE'")
+    streams = host.out(
+        f"journalctl AGENTD_TASK={task} AGENTD_EVENT=output -o json | jq -r '.AGENTD_STREAM + \": \" + .MESSAGE'"
+    )
     assert sorted(streams.splitlines()) == ["stderr: and errors", "stdout: to the journal"]
     host.run("rm /etc/agentd/agentd.toml.d/journal.toml; systemctl restart agentd")
     host.ready()
@@ -158,7 +171,7 @@ def test_after_power_loss_every_acknowledged_task_is_accounted_for(host: Host) -
     ended = submit(host, "echo kept")
     wait(host, ended)
     running = submit(host, "sleep 600")
-    host.until(f"agentctl show --json {running} | grep -q '\"state\": *\"running\"'")
+    host.until(f'agentctl show --json {running} | grep -q \'"state": *"running"\'')
     waiting = host.out("agentctl run --detach --memory 1500M -- sh -c 'echo ran once'")
     host.machine.power_off_hard()
     host.machine.boot()
@@ -183,8 +196,12 @@ def test_uninstall_keeps_the_data_and_a_new_install_finds_it(host: Host) -> None
 
 def test_purge_leaves_nothing(host: Host) -> None:
     host.run("/root/agentd/scripts/uninstall --purge")
-    host.until("! find /sys/fs/cgroup -type d -name '*agentd*' | grep -v wheels | grep -v 'agentd.slice$' | grep -q .", 30)
-    left = host.out("ls -d /var/lib/agentd* /etc/agentd /opt/agentd /run/agentd* /usr/local/bin/agentctl 2>/dev/null; true")
+    host.until(
+        "! find /sys/fs/cgroup -type d -name '*agentd*' | grep -v wheels | grep -v 'agentd.slice$' | grep -q .", 30
+    )
+    left = host.out(
+        "ls -d /var/lib/agentd* /etc/agentd /opt/agentd /run/agentd* /usr/local/bin/agentctl 2>/dev/null; true"
+    )
     assert left == ""
     assert host.run("id agentd", check=False).rc != 0
     assert "agentd" not in host.out("ip -o link; nft list ruleset")

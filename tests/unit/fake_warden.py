@@ -109,7 +109,10 @@ class FakeWarden:
                 self.workspaces.pop(request["id"], None)
                 return {"ok": True}, []
             case "list":
-                return {"ok": True, "sandboxes": [{"id": one.id, "epoch": one.epoch} for one in self.sandboxes.values()]}, []
+                return {
+                    "ok": True,
+                    "sandboxes": [{"id": one.id, "epoch": one.epoch} for one in self.sandboxes.values()],
+                }, []
             case "start":
                 return self._start(request["spec"])
         found = self.sandboxes.get(request["id"])

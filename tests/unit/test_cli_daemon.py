@@ -47,7 +47,9 @@ def task(**changes: Any) -> dict[str, Any]:
 
 
 def ended(state: str = "succeeded", **changes: Any) -> dict[str, Any]:
-    return task(**({"state": state, "ended_at": 1790000001.6, "exit_code": 0 if state == "succeeded" else None} | changes))
+    return task(
+        **({"state": state, "ended_at": 1790000001.6, "exit_code": 0 if state == "succeeded" else None} | changes)
+    )
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ def test_output_arrives_whole_through_awkward_pieces(daemon: FakeDaemon, cut: in
     assert data_of(Output(Client(daemon.path), ID, follow=False)) == CONTENT * 2
 
 
-@pytest.mark.parametrize("pieces", [[CONTENT], [CONTENT[:5], CONTENT[5:9], CONTENT[9:]], [bytes([one]) for one in CONTENT]])
+@pytest.mark.parametrize(
+    "pieces", [[CONTENT], [CONTENT[:5], CONTENT[5:9], CONTENT[9:]], [bytes([one]) for one in CONTENT]]
+)
 @pytest.mark.parametrize("ending", [b"", b"\n"])
 def test_the_last_lines_are_those_that_tail_shows(pieces: list[bytes], ending: bytes) -> None:
     frames = [Frame("stdout", 0.0, one) for one in [*pieces, ending] if one]
@@ -82,7 +84,9 @@ def test_the_last_lines_are_those_that_tail_shows(pieces: list[bytes], ending: b
 # Coming back
 
 
-def resumable(daemon: FakeDaemon, *, break_at: list[int], end: threading.Event | None = None, streams: bool = False) -> list[int]:
+def resumable(
+    daemon: FakeDaemon, *, break_at: list[int], end: threading.Event | None = None, streams: bool = False
+) -> list[int]:
     """A daemon that loses the connection after so many bytes; returns the offsets it is asked for."""
     asked: list[int] = []
     left = list(break_at)
@@ -138,7 +142,8 @@ def test_an_answer_that_ends_before_the_task_is_not_the_end(daemon: FakeDaemon) 
     states = ["running", "succeeded"]
     daemon.on(f"GET /v1/tasks/{ID}", lambda request: ok(task(state=states.pop(0))))
     daemon.on(
-        f"GET /v1/tasks/{ID}/logs", lambda request: log(frame(1, b"b")) if "offset" in request.query else log(frame(1, b"a"))
+        f"GET /v1/tasks/{ID}/logs",
+        lambda request: log(frame(1, b"b")) if "offset" in request.query else log(frame(1, b"a")),
     )
     assert data_of(Output(Client(daemon.path), ID, follow=True)) == b"ab"
     assert states == []
@@ -199,7 +204,11 @@ def test_run_and_logs_follow_through_a_restart(daemon: FakeDaemon, capsys: pytes
     def logs(request: Request) -> Reply:
         if request.query.get("offset") == "7":
             return log(frame(1, b"after\n"))
-        return log(*[], drop=True) if "offset" in request.query else Reply(pieces(), kind="application/x-agentd-log", drop=True)
+        return (
+            log(*[], drop=True)
+            if "offset" in request.query
+            else Reply(pieces(), kind="application/x-agentd-log", drop=True)
+        )
 
     daemon.on("POST /v1/tasks", ok(task(state="queued"), 201))
     daemon.on(f"GET /v1/tasks/{ID}/logs", logs)
@@ -256,7 +265,9 @@ def test_output_in_the_journal_is_read_from_there(
     ]
     (tmp_path / "entries").write_text("".join(json.dumps(one) + "\n" for one in entries))
     journalctl = tmp_path / "journalctl"
-    journalctl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/argv\ncat {tmp_path}/entries\ncase "$*" in *--follow*) exec sleep 60;; esac\n')
+    journalctl.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/argv\ncat {tmp_path}/entries\ncase "$*" in *--follow*) exec sleep 60;; esac\n'
+    )
     journalctl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     daemon.on(f"GET /v1/tasks/{ID}/logs", {"journald": {"AGENTD_TASK": ID}})

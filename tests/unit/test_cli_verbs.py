@@ -47,7 +47,9 @@ def script(*argv: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
 # What is printed
 
 
-def test_the_table_of_tasks(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_tasks(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     daemon.on("GET /v1/tasks", {"tasks": [
         task(name="first agent", progress={"text": "reading the third of twelve long chapters", "fraction": 0.25}),
         task(id="p3nd", name="", state="queued", started_at=None, position=2, waiting_for="memory", progress=None,
@@ -56,12 +58,15 @@ def test_the_table_of_tasks(daemon: FakeDaemon, capsys: pytest.CaptureFixture[st
     ]})  # fmt: skip
     monkeypatch.setattr(time, "time", lambda: NOW)
     assert main(["ps", "-a"]) == 0
-    assert capsys.readouterr().out == """\
+    assert (
+        capsys.readouterr().out
+        == """\
 ID          NAME              CLASS   STATE    AGE    RUN    REASON     PROGRESS                              COST
 k7m2q9x4ta  first agent       normal  running  1m39s  1m39s  -          25% reading the third of twelve lon…  $0.0012
 p3nd        python3 agent.py  batch   queued   1m39s  -      #2 memory  -                                     -
 x9          日本              normal  failed   1m39s  1.2s   exit 3     -                                     -
 """
+    )
     assert daemon.requests[-1].query == {"all": "1"}
 
 
@@ -81,11 +86,15 @@ def test_show_tells_everything(
         "mounts": [{"source": "/data", "target": "/mnt", "read_only": False}],
         "inputs": [{"path": "notes.md", "base64": "aGVsbG8h"}],
     }  # fmt: skip
-    done = ended("failed", name="n", reason="signal", signal=9, detail="killed by \x1b[31msignal 9", has_result=True, spec=spec)
+    done = ended(
+        "failed", name="n", reason="signal", signal=9, detail="killed by \x1b[31msignal 9", has_result=True, spec=spec
+    )
     done["llm"]["scripted"] = True
     daemon.on("GET /v1/tasks/k7", done)
     assert main(["show", "k7"]) == 0
-    assert capsys.readouterr().out == r"""Task       k7m2q9x4ta
+    assert (
+        capsys.readouterr().out
+        == r"""Task       k7m2q9x4ta
 Name       n
 State      failed (signal 9)
 Detail     killed by \x1b[31msignal 9
@@ -106,11 +115,19 @@ Label      team=a
 Workspace  /var/lib/agentd/workspaces/k7m2q9x4ta
 Result     agentctl result k7m2q9x4ta
 """
+    )
 
 
 def test_events_are_lines_for_people_and_for_programs(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     events = [
-        {"seq": 7, "time": 1790000000.5, "task": "k7", "event": "progress", "text": "a\x1b]0;b\x07\nc", "fraction": 0.5},
+        {
+            "seq": 7,
+            "time": 1790000000.5,
+            "task": "k7",
+            "event": "progress",
+            "text": "a\x1b]0;b\x07\nc",
+            "fraction": 0.5,
+        },
         {"seq": 8, "time": 1790000001.0, "task": None, "event": "adopted", "tasks": ["k7"]},
     ]
     daemon.on("GET /v1/events", Reply([json.dumps(one).encode() + b"\n" for one in events], cut=5))
@@ -139,7 +156,9 @@ def test_log_timestamps_stand_before_lines_not_before_frames(
     assert capsys.readouterr().out.replace("\r", "<CR>") == f"{stamp} ab\n{stamp} \n{stamp} c<CR>5%\n"
 
 
-def test_logs_for_programs_survive_bytes_that_are_no_text(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_for_programs_survive_bytes_that_are_no_text(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
     daemon.on("GET /v1/tasks/k7/logs", log(frame(2, b"\xff\n")))
     assert main(["logs", "--json", "--tail", "5", "--stream", "stderr", "k7"]) == 0
     assert json.loads(capsys.readouterr().out) == {"stream": "stderr", "time": 1790000000.25, "data": "�\n"}
@@ -295,6 +314,7 @@ def test_when_there_is_colour(
     monkeypatch.setenv("TERM", "xterm")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
     class Stream(io.StringIO):
         def isatty(self) -> bool:
             return tty
@@ -374,9 +394,21 @@ def test_refusals_have_exit_codes(
     daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], status: int, code: str, exit_code: int
 ) -> None:
     reply = refused(status, code, "cannot do it: because", hint="do that")
-    for route in ("GET /v1/tasks/k7", "POST /v1/tasks", "GET /v1/tasks/k7/logs", "GET /v1/events", "GET /v1/tasks/k7/wait"):
+    for route in (
+        "GET /v1/tasks/k7",
+        "POST /v1/tasks",
+        "GET /v1/tasks/k7/logs",
+        "GET /v1/events",
+        "GET /v1/tasks/k7/wait",
+    ):
         daemon.on(route, reply)
-    verbs = [["show", "k7"], ["submit", "--", "true"], ["logs", "-f", "k7"], ["logs", "--tail", "1", "-f", "k7"], ["events"]]
+    verbs = [
+        ["show", "k7"],
+        ["submit", "--", "true"],
+        ["logs", "-f", "k7"],
+        ["logs", "--tail", "1", "-f", "k7"],
+        ["events"],
+    ]
     for argv in verbs:
         assert main(argv) == exit_code
         assert capsys.readouterr() == ("", "agentctl: cannot do it: because\n  hint: do that\n")
@@ -397,7 +429,9 @@ def test_a_daemon_that_is_not_there(
         assert f"AGENTD_ROOT is {tmp_path}" in err
 
 
-def test_a_socket_that_nobody_listens_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_that_nobody_listens_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import socket
 
     path = tmp_path / "s"
@@ -408,7 +442,9 @@ def test_a_socket_that_nobody_listens_on(tmp_path: Path, capsys: pytest.CaptureF
     assert f"nothing listens on {path} any more" in capsys.readouterr().err
 
 
-def test_a_socket_for_another_group(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_for_another_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import socket
 
     def denied(*found: object) -> None:
@@ -542,7 +578,20 @@ def test_flags_a_toml_file_and_a_json_file_ask_for_the_same(
 def test_flags_go_before_the_file(daemon: FakeDaemon, files: Path) -> None:
     accepting(daemon)
     (files / "more.txt").write_text("x")
-    argv = ["--memory", "1G", "--env", "B=2=3", "--env", "A=", "--label", "team=y", "--input", "more.txt", "--mount", "/a:/b"]
+    argv = [
+        "--memory",
+        "1G",
+        "--env",
+        "B=2=3",
+        "--env",
+        "A=",
+        "--label",
+        "team=y",
+        "--input",
+        "more.txt",
+        "--mount",
+        "/a:/b",
+    ]
     assert main(["submit", *argv, "task.toml", "--", "sh", "-c", "--", "x"]) == 0
     body = daemon.requests[-1].body
     assert (body["command"], body["memory"], body["cpus"]) == (["sh", "-c", "--", "x"], "1G", 0.5)

@@ -106,7 +106,9 @@ def test_config_check_and_show_end_with_the_right_codes(tmp_path: Path) -> None:
     shown = subprocess.run([*call, "show"], env=environ, capture_output=True, text=True, check=False)
     assert good.returncode == shown.returncode == 0 and '"max_queued": 100000' in shown.stdout
     (tmp_path / "bad.toml").write_text("x = 1")
-    bad = subprocess.run([*call, "check", str(tmp_path / "bad.toml")], env=environ, capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*call, "check", str(tmp_path / "bad.toml")], env=environ, capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 1 and "unknown field 'x'" in bad.stderr
 
 
@@ -167,8 +169,12 @@ class Apis:
         self.record = record
         self.session = session
 
-    async def ask(self, method: str, path: str, *, headers: dict[str, str] | None = None, **more: Any) -> tuple[int, Any]:
-        async with self.session.request(method, self.agent + path, headers=TOKEN if headers is None else headers, **more) as answer:
+    async def ask(
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, **more: Any
+    ) -> tuple[int, Any]:
+        async with self.session.request(
+            method, self.agent + path, headers=TOKEN if headers is None else headers, **more
+        ) as answer:
             is_json = answer.content_type == "application/json"
             return answer.status, await answer.json() if is_json else await answer.read()
 
@@ -184,7 +190,13 @@ async def apis(tmp_path: Path) -> AsyncIterator[Apis]:
     memory = EpisodicStore(tmp_path / "memory", time.time)
     callers = Callers()
     record = Record(
-        id="taska", seq=1, spec=spec.parse({"command": ["x"]}), user="eve", uid=1, submitted_at=1.0, life=Life(state=State.RUNNING, epoch=1)
+        id="taska",
+        seq=1,
+        spec=spec.parse({"command": ["x"]}),
+        user="eve",
+        uid=1,
+        submitted_at=1.0,
+        life=Life(state=State.RUNNING, epoch=1),
     )
     await store.save(record)
     tasks = Tasks(
@@ -225,7 +237,9 @@ def _root() -> Any:
     return Principal(0, "root", True)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic token-1"}, {"x-api-key": ""}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic token-1"}, {"x-api-key": ""}]
+)
 async def test_without_the_right_token_there_is_only_401(apis: Apis, headers: dict[str, str]) -> None:
     for path in ("/", "/v1/task", "/v1/memory/user/x", "/openai/v1/models", "/nothing"):
         assert (await apis.ask("GET", path, headers=headers))[0] == 401
@@ -234,7 +248,9 @@ async def test_without_the_right_token_there_is_only_401(apis: Apis, headers: di
 
 async def test_memory_is_kept_listed_and_deleted(apis: Apis) -> None:
     assert (await apis.ask("GET", "/v1/memory/user/notes/a"))[0] == 404
-    status, kept = await apis.ask("PUT", "/v1/memory/user/notes/a?ttl_s=60", data=b'{"x":1}', headers=TOKEN | {"Content-Type": "application/json"})
+    status, kept = await apis.ask(
+        "PUT", "/v1/memory/user/notes/a?ttl_s=60", data=b'{"x":1}', headers=TOKEN | {"Content-Type": "application/json"}
+    )
     assert status == 200 and kept["expires_at"] > time.time()
     assert await apis.ask("GET", "/v1/memory/user/notes/a") == (200, {"x": 1})
     assert (await apis.ask("GET", "/v1/memory/task/notes/a"))[0] == 404
@@ -262,7 +278,9 @@ async def test_memory_is_kept_listed_and_deleted(apis: Apis) -> None:
         ("DELETE", "/v1/task", {}, 405, "method_not_allowed"),
     ],
 )
-async def test_bad_input_gets_its_reason(apis: Apis, method: str, path: str, more: dict[str, Any], status: int, code: str) -> None:
+async def test_bad_input_gets_its_reason(
+    apis: Apis, method: str, path: str, more: dict[str, Any], status: int, code: str
+) -> None:
     got, body = await apis.ask(method, path, **more)
     assert (got, body["error"]["code"]) == (status, code)
 
@@ -279,7 +297,10 @@ async def test_result_and_progress_reach_the_operator(apis: Apis) -> None:
 
 
 async def test_a_model_call_is_in_the_tasks_totals(apis: Apis) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "A sentence that is quite long enough to be quoted."}]}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "A sentence that is quite long enough to be quoted."}],
+    }
     assert (await apis.ask("POST", "/openai/v1/chat/completions", json=body))[0] == 200
     _, shown = await apis.manage("GET", "/tasks/tas")
     assert shown["llm"]["requests"] == 1 and shown["llm"]["scripted"] and shown["llm"]["input_tokens"] > 0
@@ -306,7 +327,9 @@ async def test_a_model_call_is_in_the_tasks_totals(apis: Apis) -> None:
         ("PUT", "/tasks", {}, 405, "method_not_allowed"),
     ],
 )
-async def test_the_documented_errors(apis: Apis, method: str, path: str, more: dict[str, Any], status: int, code: str) -> None:
+async def test_the_documented_errors(
+    apis: Apis, method: str, path: str, more: dict[str, Any], status: int, code: str
+) -> None:
     got, body = await apis.manage(method, path, **more)
     assert (got, body["error"]["code"]) == (status, code)
     assert body["error"]["message"].startswith("cannot ")

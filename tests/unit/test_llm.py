@@ -26,15 +26,34 @@ PROMPT = "the prompt nobody may log"
 
 
 def chunk(text: str | None = None, finish: str | None = None, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-    choices = [] if text is None and finish is None else [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}]
-    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices, "usage": usage}
+    choices = (
+        []
+        if text is None and finish is None
+        else [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}]
+    )
+    return {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": choices,
+        "usage": usage,
+    }
 
 
 def sse(*values: dict[str, Any] | str) -> bytes:
-    return b"".join(b"data: " + (value.encode() if isinstance(value, str) else msgspec.json.encode(value)) + b"\n\n" for value in values)
+    return b"".join(
+        b"data: " + (value.encode() if isinstance(value, str) else msgspec.json.encode(value)) + b"\n\n"
+        for value in values
+    )
 
 
-USAGE = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100, "prompt_tokens_details": {"cached_tokens": 600}}
+USAGE = {
+    "prompt_tokens": 1000,
+    "completion_tokens": 100,
+    "total_tokens": 1100,
+    "prompt_tokens_details": {"cached_tokens": 600},
+}
 WHOLE = {
     "id": "c",
     "object": "chat.completion",
@@ -92,7 +111,9 @@ class World:
         self.calls = calls
 
     async def ask(self, **more: Any) -> Any:
-        return await self.client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": PROMPT}], **more)
+        return await self.client.chat.completions.create(
+            model="gpt-4o", messages=[{"role": "user", "content": PROMPT}], **more
+        )
 
 
 class _Callers:
@@ -172,7 +193,9 @@ async def test_a_client_that_asks_for_usage_gets_it(world: World) -> None:
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 async def test_events_cut_anywhere_arrive_whole(world: World, line_end: bytes) -> None:
-    raw = (b": comment\n\n" + sse(chunk("hé"), chunk("llo"), chunk(finish="stop"), chunk(usage=USAGE), "[DONE]")).replace(b"\n", line_end)
+    raw = (
+        b": comment\n\n" + sse(chunk("hé"), chunk("llo"), chunk(finish="stop"), chunk(usage=USAGE), "[DONE]")
+    ).replace(b"\n", line_end)
     world.upstream.streaming([raw[i : i + 1] for i in range(len(raw))])
     seen = [part async for part in await world.ask(stream=True)]
     assert "".join(part.choices[0].delta.content or "" for part in seen) == "héllo"
@@ -182,7 +205,9 @@ async def test_events_cut_anywhere_arrive_whole(world: World, line_end: bytes) -
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
 async def test_the_providers_own_error_reaches_the_client(world: World, status: int) -> None:
     async def refuse(_: web.Request) -> web.StreamResponse:
-        return web.json_response({"error": {"message": "no", "code": "why"}}, status=status, headers={"Retry-After": "7"})
+        return web.json_response(
+            {"error": {"message": "no", "code": "why"}}, status=status, headers={"Retry-After": "7"}
+        )
 
     world.upstream.answer = refuse
     with pytest.raises(openai.APIStatusError) as caught:
@@ -255,12 +280,16 @@ async def test_without_the_tasks_token_nothing_is_answered(world: World) -> None
     assert [model.id for model in listed.data] == ["gpt-4o"]
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"model": 1, "messages": []}', b'{"model": "m", "messages": [], "stream_options": 3}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"model": 1, "messages": []}', b'{"model": "m", "messages": [], "stream_options": 3}']
+)
 async def test_what_is_no_request_is_a_400_in_the_dialect(world: World, body: bytes) -> None:
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
-        async with session.post(world.url + "openai/v1/chat/completions", data=body, headers={"Authorization": "Bearer agentd-token"}) as answer:
+        async with session.post(
+            world.url + "openai/v1/chat/completions", data=body, headers={"Authorization": "Bearer agentd-token"}
+        ) as answer:
             found = await answer.json()
     assert answer.status == 400 and found["error"]["type"] == "invalid_request_error"
     assert not world.upstream.asked
@@ -273,8 +302,17 @@ def test_a_name_is_a_route_a_listed_model_or_the_defaults() -> None:
     one = Provider(name="one", base_url="http://x/v1", models=("a", "b"))
     two = Provider(name="two", base_url="http://y/v1", models=("c",))
     routes = Routes(LlmSettings(providers=(one, two), routes={"fast": "two/c", "default": "one/b"}))
-    chosen = {name: (routes.choose(name).provider.name, routes.choose(name).model) for name in ("fast", "c", "two/z", "default", "gpt-9")}
-    assert chosen == {"fast": ("two", "c"), "c": ("two", "c"), "two/z": ("two", "z"), "default": ("one", "b"), "gpt-9": ("one", "gpt-9")}
+    chosen = {
+        name: (routes.choose(name).provider.name, routes.choose(name).model)
+        for name in ("fast", "c", "two/z", "default", "gpt-9")
+    }
+    assert chosen == {
+        "fast": ("two", "c"),
+        "c": ("two", "c"),
+        "two/z": ("two", "z"),
+        "default": ("one", "b"),
+        "gpt-9": ("one", "gpt-9"),
+    }
     assert routes.names()[0] == "b"
 
 
@@ -308,7 +346,10 @@ async def test_the_scripted_provider_is_labelled_and_always_the_same() -> None:
         calls.append(call)
 
     proxy = Proxy(LlmSettings(), {}, record)
-    body = {"model": "gpt-4", "messages": [{"role": "user", "content": "This sentence is long enough to be quoted by it."}]}
+    body = {
+        "model": "gpt-4",
+        "messages": [{"role": "user", "content": "This sentence is long enough to be quoted by it."}],
+    }
     answers = []
     for _ in range(2):
         async with contextlib.AsyncExitStack() as scope:

@@ -86,7 +86,8 @@ def test_how_it_ended_decides_the_state(end: Exit, state: State, reason: str | N
 
 
 @pytest.mark.parametrize(
-    ("cause", "state"), [(Cause.STOPPED, State.CANCELLED), (Cause.KILLED, State.CANCELLED), (Cause.TIMEOUT, State.EXPIRED)]
+    ("cause", "state"),
+    [(Cause.STOPPED, State.CANCELLED), (Cause.KILLED, State.CANCELLED), (Cause.TIMEOUT, State.EXPIRED)],
 )
 def test_a_stop_decides_the_state_even_where_the_exit_code_is_0(cause: Cause, state: State) -> None:
     life, _ = states.step(Life(state=State.RUNNING, epoch=1), states.StopAsked(cause))
@@ -113,11 +114,7 @@ def test_the_documented_table_is_the_table() -> None:
 ROOM = Capacity(tasks=100, memory_bytes=1 << 40, cpus=8)
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(list(TaskClass)), st.integers(-100, 100), st.booleans()), max_size=30
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(list(TaskClass)), st.integers(-100, 100), st.booleans()), max_size=30))
 def test_tasks_start_by_class_then_priority_then_age(entries: list[tuple[TaskClass, int, bool]]) -> None:
     line = queue.Queue()
     model = []
@@ -149,7 +146,10 @@ def test_a_large_task_at_the_head_is_not_starved_by_small_ones() -> None:
 def test_no_more_run_than_the_host_takes() -> None:
     line = queue.Queue()
     line.add(queue.waiting("a", TaskClass.NORMAL, 0, 1, 1))
-    assert line.next(4, 0, Capacity(tasks=4, memory_bytes=1000, cpus=2)) == (None, "4 tasks run, as many as this host takes")
+    assert line.next(4, 0, Capacity(tasks=4, memory_bytes=1000, cpus=2)) == (
+        None,
+        "4 tasks run, as many as this host takes",
+    )
 
 
 def test_capacity_leaves_memory_for_the_host_and_names_what_never_fits() -> None:
@@ -215,7 +215,9 @@ def test_an_unknown_field_names_the_nearest_known_one() -> None:
 
 def test_inputs_over_the_limit_are_refused() -> None:
     with pytest.raises(TooLarge):
-        spec.parse({"command": ["true"], "inputs": [{"path": "x", "base64": encoded(bytes(spec.INPUT_LIMIT_BYTES + 1))}]})
+        spec.parse(
+            {"command": ["true"], "inputs": [{"path": "x", "base64": encoded(bytes(spec.INPUT_LIMIT_BYTES + 1))}]}
+        )
 
 
 def test_the_schema_has_every_field() -> None:
@@ -223,7 +225,12 @@ def test_the_schema_has_every_field() -> None:
     assert all(f'"{name}"' in text for name in ("command", "class", "memory", "timeout", "inputs", "mounts"))
 
 
-@given(st.dictionaries(st.sampled_from(["command", "env", "memory", "timeout", "inputs", "x", "cpus"]), st.none() | st.text() | st.integers() | st.lists(st.text())))
+@given(
+    st.dictionaries(
+        st.sampled_from(["command", "env", "memory", "timeout", "inputs", "x", "cpus"]),
+        st.none() | st.text() | st.integers() | st.lists(st.text()),
+    )
+)
 def test_anything_is_a_task_or_a_refusal(raw: dict[str, Any]) -> None:
     try:
         found = spec.parse(raw)

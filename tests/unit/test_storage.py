@@ -102,7 +102,9 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("lines", [1, 40, 133, 301])
 def test_kill_9_loses_no_acknowledged_write(tmp_path: Path, lines: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "db")], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "db")], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         seen = [int(process.stdout.readline()) for _ in range(lines)]
         process.send_signal(signal.SIGKILL)
@@ -178,7 +180,9 @@ Step = st.one_of(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(Step, max_size=15))
-def test_the_store_is_a_dict_with_expiry(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, bytes, float]]) -> None:
+def test_the_store_is_a_dict_with_expiry(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, bytes, float]]
+) -> None:
     async def go() -> None:
         clock = Clock()
         store = EpisodicStore(tmp_path_factory.mktemp("m"), clock)
@@ -195,7 +199,9 @@ def test_the_store_is_a_dict_with_expiry(tmp_path_factory: pytest.TempPathFactor
             else:
                 await store.sweep()
             model = {key: (value, due) for key, (value, due) in model.items() if not 0 < due <= clock.now}
-            assert {key: entry.value for key, entry in store.list(Scope.USER, "o")} == {key: value for key, (value, _) in model.items()}
+            assert {key: entry.value for key, entry in store.list(Scope.USER, "o")} == {
+                key: value for key, (value, _) in model.items()
+            }
         store.close()
 
     asyncio.run(go())

@@ -140,7 +140,12 @@ async def test_the_agent_finds_the_standard_environment(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("end", "reason"),
-    [({"code": 3}, "exit"), ({"signal": 11}, "signal"), ({"signal": 9, "oom": True}, "oom"), ({"signal": 9, "lost": "x"}, "lost")],
+    [
+        ({"code": 3}, "exit"),
+        ({"signal": 11}, "signal"),
+        ({"signal": 9, "oom": True}, "oom"),
+        ({"signal": 9, "lost": "x"}, "lost"),
+    ],
 )
 async def test_a_failure_has_its_reason(world: World, end: dict[str, Any], reason: str) -> None:
     tasks = await world.start()
@@ -331,7 +336,11 @@ async def test_an_attempt_that_is_over_may_do_nothing(world: World) -> None:
     caller = world.daemon.callers.identify("10.200.0.2", record.token)
     assert caller == Caller(record.id, 1, record.token)
     assert tasks.of_caller(caller) is record
-    for stale in (Caller(record.id, 0, record.token), Caller(record.id, 2, record.token), Caller("other", 1, record.token)):
+    for stale in (
+        Caller(record.id, 0, record.token),
+        Caller(record.id, 2, record.token),
+        Caller("other", 1, record.token),
+    ):
         with pytest.raises(NotPermitted):
             tasks.of_caller(stale)
     assert world.daemon.callers.identify("10.200.0.3", record.token) is None
@@ -355,7 +364,11 @@ async def test_people_see_their_own_tasks_and_root_sees_all(world: World) -> Non
 
 async def test_what_could_never_run_is_refused_at_once(world: World) -> None:
     tasks = await world.start()
-    for fields, name in (({"cpus": 99}, "cpus"), ({"memory": "2000G"}, "memory"), ({"mounts": [{"source": "/etc", "target": "/mnt/x"}]}, "mounts[0].source")):
+    for fields, name in (
+        ({"cpus": 99}, "cpus"),
+        ({"memory": "2000G"}, "memory"),
+        ({"mounts": [{"source": "/etc", "target": "/mnt/x"}]}, "mounts[0].source"),
+    ):
         with pytest.raises(InvalidField) as caught:
             await submit(tasks, **fields)
         assert caught.value.field == name
@@ -381,7 +394,14 @@ async def test_events_are_in_order_and_can_be_taken_up_again(world: World) -> No
     world.warden.end(record.id, code=0)
     await ended(record)
     found = [msgspec.json.decode(line) async for line in tasks.events(0, record.id, follow=False)]
-    assert [event["event"] for event in found] == ["submitted", "starting", "started", "progress", "result", "succeeded"]
+    assert [event["event"] for event in found] == [
+        "submitted",
+        "starting",
+        "started",
+        "progress",
+        "result",
+        "succeeded",
+    ]
     assert [event["seq"] for event in found] == sorted(event["seq"] for event in found)
     rest = [msgspec.json.decode(line)["event"] async for line in tasks.events(found[2]["seq"], record.id, follow=False)]
     assert rest == ["progress", "result", "succeeded"]

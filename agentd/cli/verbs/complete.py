@@ -72,9 +72,7 @@ def candidates(call: Call, before: list[str], current: str) -> list[tuple[str, s
         return [one for one in _ids(call, live=verb in _LIVE_ONLY) if one[0] not in before]
     if verb == "help":
         return [(name, one.summary) for name, one in VERBS.items()]
-    fixed = {"config": ("check", "show"), "schema": ("task",), "completion": ("bash", "zsh", "fish")}.get(
-        verb, ()
-    )
+    fixed = {"config": ("check", "show"), "schema": ("task",), "completion": ("bash", "zsh", "fish")}.get(verb, ())
     return [] if any(word in before for word in fixed) else [(word, "") for word in fixed]
 
 

@@ -64,9 +64,7 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 def arguments(parser: Parser) -> None:
     """Which shell."""
-    parser.add_argument(
-        "shell", choices=tuple(SCRIPTS), metavar="bash|zsh|fish", help="the shell that will read it"
-    )
+    parser.add_argument("shell", choices=tuple(SCRIPTS), metavar="bash|zsh|fish", help="the shell that will read it")
 
 
 def run(call: Call) -> int:

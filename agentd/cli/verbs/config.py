@@ -21,9 +21,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "what", choices=("check", "show"), metavar="check|show", help="check a file, or show what is in force"
     )
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", help="for check: this file instead of the installed one"
-    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="for check: this file instead of the installed one")
 
 
 def run(call: Call) -> int:

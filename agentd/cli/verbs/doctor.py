@@ -51,9 +51,7 @@ def _print(call: Call, report: dict[str, Any]) -> None:
             mark = out.paint("✗" if out.unicode else "FAIL", "red")
         else:
             mark = out.paint("-" if out.unicode else "-   ", "yellow")
-        out.line(
-            f"{mark} {harmless(check.get('name')):<{widest}}  {harmless(check.get('detail') or '')}".rstrip()
-        )
+        out.line(f"{mark} {harmless(check.get('name')):<{widest}}  {harmless(check.get('detail') or '')}".rstrip())
         if not ok and check.get("remedy"):
             arrow = "→" if out.unicode else "->"
             out.line(f"  {'':<{widest}}  {arrow} {harmless(check['remedy'])}")
@@ -64,8 +62,6 @@ def _print(call: Call, report: dict[str, Any]) -> None:
         out.line(f"  {harmless(key)}: {harmless(value)}")
     failed = sum(1 for check in checks if not check.get("ok") and check.get("required", True))
     out.line()
-    out.line(
-        "This host can run sandboxes." if report.get("ok") else f"{failed} of {len(checks)} checks failed."
-    )
+    out.line("This host can run sandboxes." if report.get("ok") else f"{failed} of {len(checks)} checks failed.")
     if report.get("advice"):
         out.line(harmless(report["advice"]))

@@ -23,9 +23,7 @@ agentctl events -f --json --after 1200 | my-notifier
 def arguments(parser: Parser) -> None:
     """Which, and whether to stay."""
     parser.add_argument("id", nargs="?", metavar="ID", help="only those of this task")
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="stay for what happens next; Ctrl-C ends it"
-    )
+    parser.add_argument("-f", "--follow", action="store_true", help="stay for what happens next; Ctrl-C ends it")
     parser.add_argument("--after", type=int, metavar="N", help="only those with a sequence number above N")
 
 
@@ -63,9 +61,7 @@ def stream(call: Call, *, follow: bool, after: int | None, task: str | None) -> 
     known = False
     while True:
         try:
-            with call.client.open(
-                "GET", target("/v1/events", follow=follow, after=after, task=task)
-            ) as exchange:
+            with call.client.open("GET", target("/v1/events", follow=follow, after=after, task=task)) as exchange:
                 for event in _events(exchange):
                     if known and away_since is not None:
                         call.note("the daemon is back")

@@ -25,9 +25,7 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> int:
     """Prints the ids of those that got it."""
     body = {"signal": signal_name(call.args.signal)}
-    tasks, code = call.each(
-        call.args.ids, lambda one: call.client.call("POST", task_path(one, "/kill"), body)
-    )
+    tasks, code = call.each(call.args.ids, lambda one: call.client.call("POST", task_path(one, "/kill"), body))
     if call.json:
         call.out.document({"tasks": tasks})
     else:
@@ -45,9 +43,7 @@ def signal_name(text: str) -> str:
     try:
         return signal.Signals(signal_number(text) or -1).name.removeprefix("SIG")
     except ValueError:
-        close = nearest(
-            text.upper().removeprefix("SIG"), [one.name.removeprefix("SIG") for one in signal.Signals]
-        )
+        close = nearest(text.upper().removeprefix("SIG"), [one.name.removeprefix("SIG") for one in signal.Signals])
         raise UsageFailure(
             f"cannot send {text!r}: there is no such signal",
             hint=f"did you mean {close}?" if close else "`kill -l` lists them",

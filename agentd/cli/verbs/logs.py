@@ -36,9 +36,7 @@ def arguments(parser: Parser) -> None:
         metavar="STREAM",
         help="stdout, stderr or all",
     )
-    parser.add_argument(
-        "-t", "--timestamps", action="store_true", help="put the time (UTC) before every line"
-    )
+    parser.add_argument("-t", "--timestamps", action="store_true", help="put the time (UTC) before every line")
 
 
 def run(call: Call) -> int:

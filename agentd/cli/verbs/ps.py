@@ -32,9 +32,7 @@ def arguments(parser: Parser) -> None:
 def run(call: Call) -> int:
     """Prints the table."""
     args = call.args
-    where = target(
-        "/v1/tasks", all=args.all, state=args.state, tenant=args.tenant, **{"class": getattr(args, "class")}
-    )
+    where = target("/v1/tasks", all=args.all, state=args.state, tenant=args.tenant, **{"class": getattr(args, "class")})
     answer = call.client.call("GET", where)
     tasks: list[dict[str, Any]] = answer.get("tasks", [])
     if args.quiet:
@@ -45,9 +43,7 @@ def run(call: Call) -> int:
         call.out.document(answer)
         return 0
     now = time.time()
-    call.out.table(
-        HEADER, [row_of(task, now, call.out.ellipsis) for task in tasks], state_column=HEADER.index("STATE")
-    )
+    call.out.table(HEADER, [row_of(task, now, call.out.ellipsis) for task in tasks], state_column=HEADER.index("STATE"))
     return 0
 
 

@@ -39,9 +39,7 @@ _GLANCE_S = 1.0
 def arguments(parser: Parser) -> None:
     """Those of a task, and `--detach`."""
     taskspec.arguments(parser)
-    parser.add_argument(
-        "-d", "--detach", action="store_true", help="print the id and return; the task runs on"
-    )
+    parser.add_argument("-d", "--detach", action="store_true", help="print the id and return; the task runs on")
     parser.epilog = (
         "Ctrl-C once tells what runs, twice within 5 s stops the task, a third time kills it; Ctrl-\\ leaves "
         "it running. Without a terminal INT and TERM stop it at once. The output is passed on as the task "

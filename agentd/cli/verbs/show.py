@@ -62,9 +62,7 @@ def lines_of(task: dict[str, Any], out: Terminal) -> Iterator[tuple[str, str]]:
     yield "Models", out.dot.join(_models(task.get("llm") or {}))
     spec = without_content(task.get("spec") or {})
     limits = [
-        f"{name} {_limit(name, spec[name])}"
-        for name in ("memory", "cpus", "pids", "timeout", "grace")
-        if name in spec
+        f"{name} {_limit(name, spec[name])}" for name in ("memory", "cpus", "pids", "timeout", "grace") if name in spec
     ]
     if limits:
         yield "Limits", out.dot.join(limits)
@@ -75,8 +73,7 @@ def lines_of(task: dict[str, Any], out: Terminal) -> Iterator[tuple[str, str]]:
         count = one.get("bytes") if isinstance(one, dict) else None
         yield (
             "Input",
-            harmless(one.get("path") if isinstance(one, dict) else one)
-            + (f", {size(count)}" if count else ""),
+            harmless(one.get("path") if isinstance(one, dict) else one) + (f", {size(count)}" if count else ""),
         )
     for key, value in (spec.get("labels") or {}).items():
         yield "Label", f"{harmless(key)}={harmless(value)}"

@@ -27,9 +27,7 @@ def run(call: Call) -> int:
             body["grace_s"] = parse_duration(call.args.grace)
         except ValueError as error:
             raise UsageFailure(f"cannot read --grace {call.args.grace!r}: {error}") from error
-    tasks, code = call.each(
-        call.args.ids, lambda one: call.client.call("POST", task_path(one, "/stop"), body)
-    )
+    tasks, code = call.each(call.args.ids, lambda one: call.client.call("POST", task_path(one, "/stop"), body))
     if call.json:
         call.out.document({"tasks": tasks})
     else:

@@ -33,7 +33,5 @@ def run(call: Call) -> int:
     if daemon is not None:
         ready = "" if daemon.get("ready", True) else ", not ready yet"
         up = duration(daemon.get("uptime_s"))
-        call.out.line(
-            f"agentd   {harmless(daemon.get('version'))} (API v{daemon.get('api')}, up {up}{ready})"
-        )
+        call.out.line(f"agentd   {harmless(daemon.get('version'))} (API v{daemon.get('api')}, up {up}{ready})")
     return 0

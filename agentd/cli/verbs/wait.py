@@ -22,9 +22,7 @@ _SLICE_S = 30.0
 def arguments(parser: Parser) -> None:
     """Ids and how long."""
     parser.add_argument("ids", nargs="+", metavar="ID", help="tasks' ids or the beginnings of them")
-    parser.add_argument(
-        "--timeout", metavar="TIME", help="wait no longer than this; then the exit code is 75"
-    )
+    parser.add_argument("--timeout", metavar="TIME", help="wait no longer than this; then the exit code is 75")
 
 
 def run(call: Call) -> int:
