@@ -28,6 +28,7 @@ PATIENCE_S = 30.0
 
 _HEAD = struct.Struct("!BdI")
 _STREAMS = {1: "stdout", 2: "stderr"}
+_JOURNAL_GLANCE_S = 0.5
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
@@ -282,13 +283,13 @@ class Output:
         return found
 
     def _poll_journal(self, journal: Journal, timeout_s: float, wake_fd: int | None) -> list[Frame] | None:
-        frames = journal.poll(timeout_s, wake_fd)
+        frames = journal.poll(min(timeout_s, _JOURNAL_GLANCE_S), wake_fd)
         if frames is None:
             self._done = True
             return None
         if not frames and self._follow and time.monotonic() >= self._retry_at:
             # journalctl -f never ends: ask now and then whether the task has, and read once more then.
-            self._retry_at = time.monotonic() + 0.5
+            self._retry_at = time.monotonic() + _JOURNAL_GLANCE_S
             try:
                 if self._task_has_ended():
                     journal.drain()
