@@ -197,6 +197,7 @@ class Output:
         kind = exchange.headers.get("content-type", "")
         if exchange.status == 200 and not kind.startswith("application/json"):
             self._checked = self._known = True
+            self.offset = begins_at(exchange, self.offset)
             if self._away_since is not None:
                 self._notice("the daemon is back")
             self._away_since, self._pause_s = None, 0.1
@@ -267,6 +268,8 @@ class Output:
                 if exchange.status != 200 or exchange.headers.get("content-type", "").startswith("application/json"):
                     self._check(exchange, data)
                     return []
+                if not kept and self.offset == 0:
+                    self.offset = begins_at(exchange, 0)
                 for frame in self._wanted(decoder.feed(data)):
                     kept.append(frame)
                     size += len(frame.data)
@@ -299,7 +302,7 @@ class Output:
 
 
 class Journal:
-    """A task's output out of the systemd journal: what matches `fields`, less agentd's own events."""
+    """A task's output out of the systemd journal: what matches `fields` and has `AGENTD_STREAM`."""
 
     def __init__(self, fields: Mapping[str, Any], *, follow: bool, tail: int | None):
         argv = ["journalctl", "--no-pager", "--quiet", "--output=json", "--all"]
@@ -358,7 +361,7 @@ def journal_frame(line: bytes) -> Frame | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(entry, dict) or ("AGENTD_STREAM" not in entry and "AGENTD_EVENT" in entry):
+    if not isinstance(entry, dict) or "AGENTD_STREAM" not in entry:
         return None
     message = entry.get("MESSAGE")
     data = bytes(message) if isinstance(message, list) else str(message or "").encode("utf-8", "surrogateescape")
@@ -368,6 +371,12 @@ def journal_frame(line: bytes) -> Frame | None:
 
 def _readable(fd: int | None, wake_fd: int | None, timeout_s: float) -> list[int]:
     return select.select([one for one in (fd, wake_fd) if one is not None], [], [], timeout_s)[0]
+
+
+def begins_at(exchange: Exchange, asked: int) -> int:
+    """The offset of the answer's first byte: later than asked for where a bounded log has dropped older output."""
+    said = exchange.headers.get("agentd-offset", "")
+    return int(said) if said.isdigit() else asked
 
 
 class Printer:

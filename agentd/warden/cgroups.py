@@ -220,7 +220,7 @@ class Group:
         quota = max(V1_LEAST_QUOTA_US, int(limits.cpus * PERIOD_US))
         if not self.v1:
             self._write("memory.max", limits.memory_bytes)
-            self._write("memory.high", limits.memory_bytes - limits.memory_bytes // 16)
+            # No memory.high: without swap it slows a program that is over it almost to a stand, where memory.max ends it with a reason.
             if (self.unified / "memory.swap.max").exists():
                 self._write("memory.swap.max", 0)
             self._write("cpu.max", f"{quota} {PERIOD_US}")

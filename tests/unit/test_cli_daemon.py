@@ -70,6 +70,7 @@ class Reply:
     chunked: bool = True
     drop: bool = False
     cut: int = 0
+    headers: str = ""
 
 
 def ok(value: Any, status: int = 200, **more: Any) -> Reply:
@@ -160,7 +161,7 @@ class FakeDaemon:
             for at in range(0, len(data), step):
                 handler.request.sendall(data[at : at + step])
 
-        head = f"HTTP/1.1 {reply.status} Whatever\r\nContent-Type: {reply.kind}\r\nConnection: close\r\n"
+        head = f"HTTP/1.1 {reply.status} Whatever\r\nContent-Type: {reply.kind}\r\nConnection: close\r\n{reply.headers}"
         if reply.chunked:
             write(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
             for piece in reply.pieces:

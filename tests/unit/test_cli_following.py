@@ -112,6 +112,20 @@ def test_no_byte_is_lost_or_seen_twice_when_the_daemon_comes_and_goes(daemon: Fa
     assert said[0].startswith("the daemon is away") and said[1] == "the daemon is back"
 
 
+@pytest.mark.parametrize("tail", [None, 1])
+def test_output_that_was_dropped_counts(daemon: FakeDaemon, tail: int | None) -> None:
+    def logs(request: Request) -> Reply:
+        if "offset" in request.query and int(request.query["offset"]) >= 1006:
+            return log(frame(1, b"after\n"))
+        return log(frame(1, b"kept 1\n"[1:]), drop=tail is None, headers="Agentd-Offset: 1000\r\n")
+
+    daemon.on(f"GET /v1/tasks/{ID}/logs", logs)
+    daemon.on(f"GET /v1/tasks/{ID}", ended())
+    output = Output(Client(daemon.path), ID, follow=True, tail=tail)
+    assert data_of(output) == b"ept 1\nafter\n"
+    assert output.offset == 1012
+
+
 def test_a_frame_that_was_cut_off_is_asked_for_again(daemon: FakeDaemon) -> None:
     asked: list[str] = []
 

@@ -61,7 +61,8 @@ def test_without_root_another_cgroup_is_looked_at(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("release", "ok"), [("5.14.21-x", False), ("5.15.0", True), ("6.1.0-18-amd64", True), ("4.19", False), ("odd", False)]
+    ("release", "ok"),
+    [("5.14.21-x", False), ("5.15.0", True), ("6.1.0-18-amd64", True), ("4.19", False), ("odd", False)],
 )
 def test_the_kernel_is_new_enough(release: str, ok: bool) -> None:
     assert hostcheck.kernel(release).ok is ok
@@ -78,7 +79,11 @@ def test_the_kernel_is_new_enough(release: str, ok: bool) -> None:
             True,
             "AppArmor",
         ),
-        ({"proc/sys/user/max_user_namespaces": "9", "proc/sys/kernel/unprivileged_userns_clone": "0"}, True, "only root"),
+        (
+            {"proc/sys/user/max_user_namespaces": "9", "proc/sys/kernel/unprivileged_userns_clone": "0"},
+            True,
+            "only root",
+        ),
     ],
 )
 def test_user_namespaces(tmp_path: Path, files: dict[str, str], ok: bool, said: str) -> None:
@@ -133,7 +138,9 @@ def test_seccomp_overlayfs_and_the_service_manager(tmp_path: Path) -> None:
     assert hostcheck.service_manager(full).detail == "systemd"
 
 
-@pytest.mark.parametrize(("probe", "ok", "detail"), [({"landlock": 4}, True, "ABI 4"), ({"landlock": 0}, False, "none"), ({}, False, "none")])
+@pytest.mark.parametrize(
+    ("probe", "ok", "detail"), [({"landlock": 4}, True, "ABI 4"), ({"landlock": 0}, False, "none"), ({}, False, "none")]
+)
 def test_landlock_is_welcome_and_not_required(probe: dict[str, Any], ok: bool, detail: str) -> None:
     found = hostcheck.landlock(probe)
     assert (found.ok, found.detail, found.required) == (ok, detail, False)
