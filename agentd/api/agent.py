@@ -6,6 +6,7 @@ Identity is the source address, which the kernel vouches for, and the task's tok
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -119,7 +120,7 @@ class AgentApi:
             raise InvalidField(
                 f"cannot take the progress: fraction: {str(fraction)[:40]} is not from 0 to 1", field="fraction"
             )
-        await self._tasks.set_progress(record, text[:PROGRESS_LIMIT], fraction)
+        await asyncio.shield(self._tasks.set_progress(record, text[:PROGRESS_LIMIT], fraction))
         return ok({"ok": True})
 
     async def _put_result(self, request: web.Request) -> web.StreamResponse:
@@ -139,13 +140,13 @@ class AgentApi:
                 if isinstance(value, dict) and isinstance(value.get("text"), str)
                 else None
             )
-            await self._tasks.set_result(record, msgspec.json.encode(value), text)
+            await asyncio.shield(self._tasks.set_result(record, msgspec.json.encode(value), text))
         else:
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
                 raise InvalidField("cannot take the result: it is neither JSON nor UTF-8 text", field="body") from error
-            await self._tasks.set_result(record, msgspec.json.encode(text), text)
+            await asyncio.shield(self._tasks.set_result(record, msgspec.json.encode(text), text))
         return ok({"ok": True})
 
     async def _get_result(self, request: web.Request) -> web.StreamResponse:
@@ -200,9 +201,9 @@ class AgentApi:
         scope, owner, record = self._owner(request)
         ttl = number(request, "ttl_s", 0.0, 0.001, 1e9) if "ttl_s" in request.query else None
         kind = request.headers.get("Content-Type", "application/octet-stream")[:200]
-        entry = await self._memory.put(
-            scope, owner, request.match_info["key"], await request.read(), kind, ttl, record.id
-        )
+        value = await request.read()
+        keeping = self._memory.put(scope, owner, request.match_info["key"], value, kind, ttl, record.id)
+        entry = await asyncio.shield(keeping)  # what arrived whole is kept, even if nobody waits for the answer
         return ok({"key": request.match_info["key"], "size": len(entry.value), "expires_at": entry.expires_at or None})
 
     async def _memory_delete(self, request: web.Request) -> web.StreamResponse:

@@ -172,9 +172,10 @@ class ControlApi:
         tail = int(number(request, "tail", 0, 0, 1e9)) if "tail" in request.query else None
         offset = int(number(request, "offset", 0, 0, 2.0**53))
         follow = request.query.get("follow", "") not in ("", "0", "false")
-        response = web.StreamResponse(headers={"Content-Type": "application/x-agentd-log"})
+        start = self._tasks.output_start(record, offset, tail)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-agentd-log", "Agentd-Offset": str(start)})
         await response.prepare(request)
-        async for frame in self._tasks.output(record, offset=offset, tail=tail, follow=follow, streams=STREAMS[wanted]):
+        async for frame in self._tasks.output(record, offset=start, follow=follow, streams=STREAMS[wanted]):
             await response.write(frame)
         await response.write_eof()
         return response

@@ -9,7 +9,6 @@ Only the standard library, since the warden imports it.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,8 @@ MAX_MOUNTS = 32
 MEMORY_MIN_BYTES = 16 * 1024**2
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+"""What no path, argument or variable can hold: NUL, and surrogates, which JSON lets through and UTF-8 does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,10 @@ class Fields:
             raise InvalidField(f"cannot read the request: {self._name(key)} is missing", field=self._name(key))
         value = self._raw.pop(key)
         if not check(value):
+            # str() of what nests deep meets the recursion limit.
+            shown = type(value).__name__ if isinstance(value, list | dict) else str(value)[:80]
             raise InvalidField(
-                f"cannot read the request: {self._name(key)}: {str(value)[:80]!r} is not {wanted}",
+                f"cannot read the request: {self._name(key)}: {shown!r} is not {wanted}",
                 field=self._name(key),
             )
         return value
@@ -138,7 +141,7 @@ class Fields:
         """A string without NUL."""
         found: str = self._take(
             key,
-            lambda v: isinstance(v, str) and len(v) <= longest and "\0" not in v,
+            lambda v: isinstance(v, str) and len(v) <= longest and not _UNFIT.search(v),
             f"a string of at most {longest}",
             default,
         )
@@ -161,7 +164,7 @@ class Fields:
         return float(
             self._take(
                 key,
-                lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high,
+                lambda v: type(v) in (int, float) and low <= v <= high,
                 f"a number from {low} to {high}",
                 default,
             )
@@ -181,7 +184,7 @@ class Fields:
     def strings(self, key: str, longest: int) -> tuple[str, ...]:
         """A list of strings without NUL."""
         found = self.items(key, longest)
-        if not all(isinstance(v, str) and "\0" not in v for v in found) or sum(map(len, found)) > MAX_STRING:
+        if not all(isinstance(v, str) and not _UNFIT.search(v) for v in found) or sum(map(len, found)) > MAX_STRING:
             raise InvalidField(
                 f"cannot read the request: {self._name(key)} is not a list of strings", field=self._name(key)
             )
@@ -208,7 +211,12 @@ class Fields:
 def absolute_path(text: str, where: str) -> str:
     """`text`, if it is an absolute path without `.`, `..` or empty parts."""
     parts = text.split("/")
-    if not text.startswith("/") or any(part in ("", ".", "..") for part in parts[1:]) or len(text) > 4000:
+    if (
+        not text.startswith("/")
+        or any(part in ("", ".", "..") for part in parts[1:])
+        or len(text) > 4000
+        or _UNFIT.search(text)
+    ):
         raise InvalidField(f"cannot read the request: {where}: {text[:80]!r} is not a plain absolute path", field=where)
     return text
 
@@ -216,7 +224,11 @@ def absolute_path(text: str, where: str) -> str:
 def relative_path(text: str, where: str) -> str:
     """`text`, if it is a relative path that stays below where it starts."""
     parts = text.split("/")
-    if any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts) or len(text) > 4000 or "\0" in text:
+    if (
+        len(text) > 4000
+        or _UNFIT.search(text)
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    ):
         raise InvalidField(
             f"cannot read the request: {where}: {text[:80]!r} is not a path below the workspace",
             field=where,
@@ -242,7 +254,7 @@ def spec_from(fields: Fields) -> SandboxSpec:
     if not isinstance(env_raw, dict) or len(env_raw) > MAX_ENV:
         raise InvalidField("cannot read the request: env is not a table of strings", field="env")
     for key, value in env_raw.items():
-        if not isinstance(value, str) or not _ENV_NAME.match(key) or "\0" in value:
+        if not isinstance(value, str) or not _ENV_NAME.match(key) or _UNFIT.search(value):
             raise InvalidField(
                 f"cannot read the request: env.{key[:80]} is not a variable with a string value",
                 field=f"env.{key[:80]}",

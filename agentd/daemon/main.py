@@ -51,7 +51,10 @@ def _control_socket(places: Places) -> socket.socket:
 async def _serve_agents(daemon: wiring.Daemon) -> None:
     """Whenever the warden answers: listen in the gateway, prove the sandbox, and only then let tasks start."""
     tasks = daemon.tasks
-    runner = web.AppRunner(daemon.agent.app(), handle_signals=False, access_log=None, shutdown_timeout=1.0)
+    # An agent that hangs up cancels its handler, and so the model call that nobody waits for any more.
+    runner = web.AppRunner(
+        daemon.agent.app(), handle_signals=False, access_log=None, shutdown_timeout=1.0, handler_cancellation=True
+    )
     await runner.setup()
     listening = False
     try:

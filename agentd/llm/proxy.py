@@ -240,11 +240,18 @@ class Proxy:
                 yield event
         except (aiohttp.ClientError, TimeoutError, RequestError) as error:
             problem = type(error).__name__
+        except (asyncio.CancelledError, GeneratorExit):
+            problem = "cancelled"
+            raise
         finally:
             if not call.finished:
                 await asyncio.shield(
                     self._finish(
-                        call, 200 if problem is None else 502, usage or Usage(), error=problem, unknown=usage is None
+                        call,
+                        499 if problem == "cancelled" else 502,
+                        usage or Usage(),
+                        error=problem,
+                        unknown=usage is None,
                     )
                 )
         message = f"the stream of provider {call.route.provider.name} broke: {problem}"

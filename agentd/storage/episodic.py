@@ -55,7 +55,11 @@ def check_key(key: str) -> str:
     Raises:
         InvalidField: empty, too long, or with control characters.
     """
-    if not key or len(key.encode()) > KEY_LIMIT_BYTES or any(ord(char) < 32 for char in key):
+    if (
+        not key
+        or len(key.encode(errors="replace")) > KEY_LIMIT_BYTES
+        or any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in key)
+    ):
         raise InvalidField(
             f"cannot use memory key {key[:80]!r}: it must have 1 to {KEY_LIMIT_BYTES} bytes and no control characters",
             field="key",
@@ -134,6 +138,8 @@ class EpisodicStore:
 
     def list(self, scope: Scope, owner: str, prefix: str = "", limit: int = LIST_LIMIT) -> list[tuple[str, Entry]]:
         """Entries whose key begins with `prefix`, in key order, at most `limit`."""
+        if prefix:
+            check_key(prefix)
         head = _place(scope, owner, prefix)
         cut = len(_place(scope, owner, ""))
         found: list[tuple[str, Entry]] = []

@@ -177,7 +177,8 @@ def _frames(directory: Path, offset: int) -> list[tuple[int, float, _Piece]]:
                     data.seek(start - base)
                     piece = _Piece(data.read(end - start))
                     piece.offset = start
-                    found.append((stream, when, piece))
+                    if piece:  # none where a power cut kept the index and lost the bytes
+                        found.append((stream, when, piece))
                     taken += len(piece)
                     if taken > 4 * CHUNK:
                         return found
@@ -190,18 +191,27 @@ def tail_offset(directory: Path, lines: int) -> int:
     if not directory.is_dir():
         return 0
     segments = _segments(directory)
-    wanted = lines
+    if lines <= 0:
+        newest = directory / f"{segments[-1]:020d}.log" if segments else None
+        return segments[-1] + newest.stat().st_size if newest else 0
+    wanted, ending = lines, True
     for base in reversed(segments):
         data = (directory / f"{base:020d}.log").read_bytes()
         end = len(data)
-        if base == segments[-1] and data.endswith(b"\n"):
-            end -= 1
+        if data and ending:  # the newest segment may be empty still
+            end -= data.endswith(b"\n")
+            ending = False
         while (cut := data.rfind(b"\n", 0, end)) >= 0:
             wanted -= 1
             if wanted == 0:
                 return base + cut + 1
             end = cut
     return segments[0] if segments else 0
+
+
+def oldest_offset(directory: Path) -> int:
+    """The offset of the first byte that is kept."""
+    return _segments(directory)[0] if directory.is_dir() and _segments(directory) else 0
 
 
 def size_on_disk(directory: Path) -> int:

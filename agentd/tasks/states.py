@@ -128,7 +128,8 @@ def _admit(life: Life, _: Event) -> tuple[Life, tuple[Effect, ...]]:
 
 def _started(life: Life, _: Event) -> tuple[Life, tuple[Effect, ...]]:
     if life.stopping:
-        return _change(life, state=State.FINISHING), (Follow(), Terminate())
+        stop: Effect = Kill() if life.stopping is Cause.KILLED else Terminate()
+        return _change(life, state=State.FINISHING), (Follow(), stop)
     return _change(life, state=State.RUNNING), (Follow(),)
 
 
@@ -154,7 +155,8 @@ def _cancel(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
 
 def _remember_stop(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
     assert isinstance(event, StopAsked)
-    return _change(life, stopping=life.stopping or event.cause), ()
+    harder = event.cause is Cause.KILLED
+    return _change(life, stopping=event.cause if harder else life.stopping or event.cause), ()
 
 
 def _stop(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:

@@ -26,7 +26,7 @@ from agentd.network.identity import Caller, Callers
 from agentd.runtime import environment
 from agentd.storage.episodic import EpisodicStore, Scope
 from agentd.tasks import queue, states
-from agentd.tasks.output import FRAME, OutputLog, size_on_disk, tail_offset
+from agentd.tasks.output import FRAME, OutputLog, oldest_offset, size_on_disk, tail_offset
 from agentd.tasks.spec import TaskSpec, content
 from agentd.tasks.states import Cause, Event, State
 from agentd.tasks.store import Progress, Record, Result, Store
@@ -290,7 +290,16 @@ class Tasks:
             code = 127 if error.code == "exec_failed" else 126
             await self._apply(record, states.StartFailed("start_failed", error.message, code), epoch=epoch)
             return
-        self._begin(record, status, pipes)
+        try:
+            self._begin(record, status, pipes)
+        except OSError as error:  # no room for its output: better not to run than to run unseen
+            for pipe in pipes:
+                os.close(pipe)
+            self._live.pop(record.id, None)
+            self._launching.discard(record.id)
+            detail = f"cannot keep its output: {error.strerror}"
+            await self._apply(record, states.StartFailed("start_failed", detail, 126), epoch=epoch)
+            return
         self._launching.discard(record.id)
         await self._apply(record, states.Started(), epoch=epoch)
 
@@ -484,7 +493,8 @@ class Tasks:
         log.info("task adopted", AGENTD_TASK=record.id, AGENTD_TENANT=record.spec.tenant, AGENTD_EVENT="adopted")
         self._watch_time(record)
         if record.life.state is State.FINISHING and status.exit is None:
-            self._spawn(self._terminate(record, epoch), f"stop {record.id}")
+            stop = self._kill if record.life.stopping is Cause.KILLED else self._terminate
+            self._spawn(stop(record, epoch), f"stop {record.id}")
 
     # -- what can be asked ---------------------------------------------------------------------------------------------
 
@@ -641,19 +651,19 @@ class Tasks:
             self._outputs[task] = OutputLog(self._logs / task, self._log_limit, self._clock)
         return self._outputs[task]
 
-    def output(
-        self, record: Record, *, offset: int, tail: int | None, follow: bool, streams: frozenset[int]
-    ) -> AsyncIterator[bytes]:
-        """Frames of its output."""
+    def output_start(self, record: Record, offset: int, tail: int | None) -> int:
+        """Where reading its output begins: `offset`, or so that `tail` lines are left; never before what is kept."""
+        directory = self._logs / record.id
+        return max(offset if tail is None else tail_offset(directory, tail), oldest_offset(directory))
+
+    def output(self, record: Record, *, offset: int, follow: bool, streams: frozenset[int]) -> AsyncIterator[bytes]:
+        """Frames of its output from `offset`."""
         log_of = self._output(record.id)
         if record.ended:
             log_of.complete = True
         elif record.life.state is State.QUEUED:
             log_of.complete = False
-        start = tail_offset(self._logs / record.id, tail) if tail is not None and tail > 0 else offset
-        if tail == 0:
-            start = 1 << 62
-        return self._until_ended(record, log_of, start, follow, streams)
+        return self._until_ended(record, log_of, offset, follow, streams)
 
     async def _until_ended(
         self, record: Record, log_of: OutputLog, offset: int, follow: bool, streams: frozenset[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 import pynvml
 import pytest
+import structlog
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
@@ -24,6 +26,7 @@ from agentd.compute.capacity import Capacity
 from agentd.core.errors import InvalidField
 from agentd.core.places import Places
 from agentd.daemon import config
+from agentd.daemon import logging as log_setup
 from agentd.daemon.journal import Journal
 from agentd.llm.proxy import Proxy
 from agentd.llm.settings import LlmSettings
@@ -333,3 +336,56 @@ async def test_the_documented_errors(
     got, body = await apis.manage(method, path, **more)
     assert (got, body["error"]["code"]) == (status, code)
     assert body["error"]["message"].startswith("cannot ")
+
+
+async def test_a_key_that_is_no_utf8_is_a_400(apis: Apis) -> None:
+    for path in ("/v1/memory/user/%FF", "/v1/memory/user/%ED%A0%80"):
+        status, _ = await apis.ask("GET", path)
+        assert status in (400, 404)
+    status, _ = await apis.ask("GET", "/v1/memory/user?prefix=%ED%A0%80")
+    assert status in (200, 400)
+    assert (await apis.ask("GET", "/v1/memory/user?prefix=" + "x" * 600))[0] == 400
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can only be played by root")
+async def test_another_user_sees_neither_the_task_nor_the_configuration(apis: Apis) -> None:
+    def as_nobody(path: str) -> int:
+        with socket.socket(socket.AF_UNIX) as channel:
+            channel.settimeout(5)
+            os.chdir(apis.control.parent)
+            os.chmod(apis.control.parent, 0o755)
+            os.chmod(apis.control, 0o666)
+            os.seteuid(65534)
+            try:
+                channel.connect(apis.control.name)
+            finally:
+                os.seteuid(0)
+            channel.sendall(f"GET /v1{path} HTTP/1.1\r\nHost: agentd\r\nConnection: close\r\n\r\n".encode())
+            return int(channel.makefile("rb").readline().split()[1])
+
+    before = Path.cwd()
+    try:
+        seen = {
+            path: await asyncio.to_thread(as_nobody, path) for path in ("/tasks/taska", "/config", "/events", "/tasks")
+        }
+    finally:
+        os.chdir(before)
+    assert seen == {"/tasks/taska": 404, "/config": 403, "/events": 403, "/tasks": 200}
+    assert (await apis.manage("GET", "/tasks/taska"))[0] == 200
+
+
+def test_log_lines_reach_the_journal_as_fields(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "j"))
+        server.settimeout(5)
+        write_entry = log_setup._ToJournal(Journal(str(tmp_path / "j")))
+        with pytest.raises(structlog.DropEvent):
+            write_entry(
+                None,
+                "warning",
+                {"event": "task failed", "AGENTD_TASK": "t1", "reason": "oom", "detail": None, "level": "warning"},
+            )
+        packet = server.recv(1 << 16)
+    assert b"MESSAGE=t1: task failed reason=oom\n" in packet
+    assert b"PRIORITY=4\n" in packet and b"AGENTD_TASK=t1\n" in packet and b"AGENTD_REASON=oom\n" in packet
+    assert b"DETAIL" not in packet

@@ -156,7 +156,7 @@ async def world() -> AsyncIterator[World]:
     await proxy.start()
     api = AgentApi(_Tasks(), None, proxy, _Callers())  # type: ignore[arg-type]
     front = TestServer(api.app())
-    await front.start_server()
+    await front.start_server()  # with handler_cancellation, as `_serve_agents` sets it for the daemon
     client = openai.AsyncOpenAI(base_url=str(front.make_url("/openai/v1")), api_key="agentd-token", max_retries=0)
     yield World(upstream, str(front.make_url("/")), client, calls)
     await client.close()
@@ -359,3 +359,39 @@ async def test_the_scripted_provider_is_labelled_and_always_the_same() -> None:
     assert answers[0].headers["X-Agentd-Scripted"] == "true"
     assert calls[0].scripted and calls[0].model == "gpt-4" and calls[0].provider == "scripted"
     assert proxy.routes.providers[0].kind is Kind.SCRIPTED
+
+
+async def test_a_client_that_leaves_a_silent_call_cancels_it_upstream(world: World) -> None:
+    """The provider has not said a word yet: nothing is written that could fail, the handler itself has to be cancelled."""
+    entered, left = asyncio.Event(), asyncio.Event()
+
+    async def silent(_: web.Request) -> web.StreamResponse:
+        entered.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            left.set()
+        return web.Response()
+
+    world.upstream.answer = silent
+    asking = asyncio.create_task(world.ask())
+    async with asyncio.timeout(5):
+        await entered.wait()
+        asking.cancel()
+        await left.wait()
+        while not world.calls:
+            await asyncio.sleep(0.005)
+    (call,) = world.calls
+    assert (call.status, call.error, call.cost_usd) == (499, "cancelled", None)
+
+
+async def test_a_client_that_leaves_a_stream_is_not_blamed_on_the_provider(world: World) -> None:
+    world.upstream.streaming([sse(chunk("x"))], hang=True)
+    stream = await world.ask(stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
+    async with asyncio.timeout(5):
+        while not world.calls:
+            await asyncio.sleep(0.005)
+    assert (world.calls[0].status, world.calls[0].error) == (499, "cancelled")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from agentd.tasks import output
 from agentd.tasks.output import FRAME, STDERR, STDOUT, OutputLog, size_on_disk, tail_offset
 
 
@@ -108,3 +113,64 @@ async def test_a_task_without_output_has_none(tmp_path: Path) -> None:
     log = OutputLog(tmp_path / "none", 1 << 20)
     assert await read_all(log) == []
     assert tail_offset(tmp_path / "none", 5) == size_on_disk(tmp_path / "none") == 0
+
+
+async def test_a_tail_of_zero_begins_at_the_end(tmp_path: Path) -> None:
+    await filled(tmp_path / "o", b"a\nb\n", b"")
+    assert tail_offset(tmp_path / "o", 0) == 4
+
+
+async def test_the_tail_is_found_when_the_newest_segment_is_empty(tmp_path: Path) -> None:
+    log = await filled(tmp_path / "o", b"a\nb\nc\n", b"")
+    for suffix in ("log", "idx"):
+        (tmp_path / "o" / f"{6:020d}.{suffix}").touch()
+    assert joined(await read_all(log, tail_offset(tmp_path / "o", 1))) == b"c\n"
+
+
+async def test_an_index_that_promises_lost_bytes_does_not_hold_the_reader(tmp_path: Path) -> None:
+    log = await filled(tmp_path / "o", b"kept, lost", b"")
+    os.truncate(next((tmp_path / "o").glob("*.log")), 4)
+    assert joined(await asyncio.wait_for(read_all(log), 5)) == b"kept"
+
+
+async def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refusals = os.splice, [errno.ENOSPC, errno.EDQUOT, errno.ENOSPC]
+
+    def full(*args: Any, **more: Any) -> int:
+        if refusals:
+            number = refusals.pop()
+            raise OSError(number, os.strerror(number))
+        return real(*args, **more)
+
+    monkeypatch.setattr(os, "splice", full)
+    monkeypatch.setattr(output, "RETRY_S", 0.001)
+    log = await filled(tmp_path / "o", b"o" * 100_000, b"e" * 5)
+    frames = await read_all(log)
+    assert not refusals
+    assert (joined(frames, STDOUT), joined(frames, STDERR)) == (b"o" * 100_000, b"e" * 5)
+
+
+async def test_taking_output_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    await filled(tmp_path / "o", b"x" * 300_000, b"y", limit=128 << 10)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([STDOUT, STDERR]), st.integers(1, 20)), max_size=12), st.data())
+def test_any_two_reads_that_meet_make_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    directory = tmp_path_factory.mktemp("o") / "log"
+    directory.mkdir()
+    whole = bytes(index % 251 for index in range(sum(length for _, length in pieces)))
+    (directory / f"{0:020d}.log").write_bytes(whole)
+    (directory / f"{0:020d}.idx").write_bytes(b"".join(FRAME.pack(stream, 1.0, length) for stream, length in pieces))
+    cut = data.draw(st.integers(0, len(whole)))
+
+    async def go() -> None:
+        log = OutputLog(directory, 1 << 20)
+        assert joined(await read_all(log)) == whole
+        assert whole[:cut] + joined(await read_all(log, cut)) == whole
+
+    asyncio.run(go())

@@ -237,3 +237,12 @@ def test_anything_is_a_task_or_a_refusal(raw: dict[str, Any]) -> None:
     except AgentdError:
         return
     assert found.command and found.memory_bytes and found.timeout_s
+
+
+@pytest.mark.parametrize("before", [None, Cause.STOPPED])
+def test_a_kill_while_it_starts_does_not_wait_for_the_grace(before: Cause | None) -> None:
+    life, effects = states.step(Life(state=State.STARTING, epoch=1, stopping=before), states.StopAsked(Cause.KILLED))
+    assert not effects
+    life, effects = states.step(life, states.Started())
+    assert (life.state, life.stopping) == (State.FINISHING, Cause.KILLED)
+    assert effects == (states.Follow(), states.Kill())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,8 +21,9 @@ from agentd.core.errors import AgentdError, InvalidField, NotFound, NotPermitted
 from agentd.network.identity import Caller, Callers
 from agentd.storage.episodic import EpisodicStore, Scope
 from agentd.tasks import spec
+from agentd.tasks import store as store_module
 from agentd.tasks.output import FRAME
-from agentd.tasks.states import State
+from agentd.tasks.states import Cause, State
 from agentd.tasks.store import Record, Store
 from agentd.tasks.supervisor import Principal, Tasks
 
@@ -101,16 +104,25 @@ async def submit(tasks: Tasks, who: Principal = ROOT, **fields: Any) -> Record:
 
 async def running(world: World, record: Record) -> None:
     await until(lambda: record.life.state is State.RUNNING)
+    await on_disk(world, record)
 
 
-async def ended(record: Record) -> Record:
+async def ended(world: World, record: Record) -> Record:
     await until(lambda: record.ended)
+    await on_disk(world, record)
     return record
+
+
+async def on_disk(world: World, record: Record) -> None:
+    """A state is seen as soon as it is decided; the lock is held until it is also kept."""
+    assert world.daemon is not None
+    async with asyncio.timeout(10), world.daemon.tasks._locks[record.id]:
+        pass
 
 
 async def output(tasks: Tasks, record: Record) -> bytes:
     text = b""
-    async for frame in tasks.output(record, offset=0, tail=None, follow=True, streams=frozenset({1, 2})):
+    async for frame in tasks.output(record, offset=0, follow=True, streams=frozenset({1, 2})):
         text += frame[FRAME.size :]
     return text
 
@@ -121,7 +133,7 @@ async def test_a_task_runs_and_succeeds_with_output_and_usage(world: World) -> N
     await running(world, record)
     world.warden.say(record.id, b"hello\n")
     world.warden.end(record.id, code=0)
-    assert (await ended(record)).life.state is State.SUCCEEDED
+    assert (await ended(world, record)).life.state is State.SUCCEEDED
     assert await output(tasks, record) == b"hello\n"
     assert record.usage.cpu_s == 1.5
     assert world.warden.workspaces[record.id] == {"a/b.txt": b"hi"}
@@ -152,7 +164,7 @@ async def test_a_failure_has_its_reason(world: World, end: dict[str, Any], reaso
     record = await submit(tasks)
     await running(world, record)
     world.warden.end(record.id, **end)
-    await ended(record)
+    await ended(world, record)
     assert (record.life.state, record.life.reason) == (State.FAILED, reason)
 
 
@@ -161,7 +173,7 @@ async def test_time_over_gives_term_then_kill_and_expired(world: World) -> None:
     record = await submit(tasks, timeout=0.1, grace=0.1)
     await until(lambda: record.id in world.warden.sandboxes)
     sandbox = world.warden.sandboxes[record.id]
-    assert (await ended(record)).life.state is State.EXPIRED
+    assert (await ended(world, record)).life.state is State.EXPIRED
     assert sandbox.signals == [signal.SIGTERM, signal.SIGKILL]
 
 
@@ -174,7 +186,7 @@ async def test_a_stop_that_is_heeded_needs_no_kill(world: World) -> None:
     await tasks.stop(record)
     await until(lambda: sandbox.signals)
     world.warden.end(record.id, code=0)
-    assert (await ended(record)).life.state is State.CANCELLED
+    assert (await ended(world, record)).life.state is State.CANCELLED
     assert sandbox.signals == [signal.SIGTERM]
 
 
@@ -201,7 +213,7 @@ async def test_no_more_run_than_there_is_room_and_priority_decides(world: World)
         await running(world, record)
         assert len(world.warden.sandboxes) == 1
         world.warden.end(record.id, code=0)
-        await ended(record)
+        await ended(world, record)
     assert world.warden.started == [record.id for record in (first, urgent, high, low)]
 
 
@@ -219,7 +231,7 @@ async def test_nothing_starts_before_the_self_test_has_passed(world: World) -> N
 async def test_a_start_that_is_refused_fails_with_the_reason(world: World) -> None:
     tasks = await world.start()
     world.warden.refuse_start = {"code": "exec_failed", "message": "no program 'agent' on PATH", "field": "command"}
-    record = await ended(await submit(tasks))
+    record = await ended(world, await submit(tasks))
     assert (record.life.reason, record.life.exit_code) == ("start_failed", 127)
     assert "no program" in (record.life.detail or "")
     assert await asyncio.wait_for(output(tasks, record), 5) == b""
@@ -235,7 +247,7 @@ async def test_a_new_daemon_adopts_what_runs_with_its_output_whole(world: World)
     again = tasks.find(record.id, ROOT)
     world.warden.say(record.id, b"after")
     world.warden.end(record.id, code=0)
-    assert (await ended(again)).life.state is State.SUCCEEDED
+    assert (await ended(world, again)).life.state is State.SUCCEEDED
     assert await output(tasks, again) == b"before while away after"
 
 
@@ -246,7 +258,7 @@ async def test_an_exit_while_the_daemon_was_away_is_collected(world: World) -> N
     world.warden.say(record.id, b"last words")
     world.warden.end(record.id, code=42)
     tasks = await world.start()
-    again = await ended(tasks.find(record.id, ROOT))
+    again = await ended(world, tasks.find(record.id, ROOT))
     assert again.life.exit_code == 42
     assert await output(tasks, again) == b"last words"
     await until(lambda: not world.warden.sandboxes)
@@ -259,7 +271,7 @@ async def test_a_task_whose_sandbox_is_gone_is_lost_and_a_stranger_is_collected(
     sandbox = world.warden.sandboxes.pop(record.id)
     world.warden.sandboxes["stranger"] = fake.FakeSandbox("stranger", 1, {}, sandbox.read, sandbox.write)
     tasks = await world.start()
-    again = await ended(tasks.find(record.id, ROOT))
+    again = await ended(world, tasks.find(record.id, ROOT))
     assert (again.life.state, again.life.reason) == (State.FAILED, "lost")
     await until(lambda: "stranger" not in world.warden.sandboxes)
 
@@ -284,7 +296,7 @@ async def test_a_warden_that_restarts_leaves_tasks_running(world: World) -> None
     world.warden.say(record.id, b"meanwhile")
     world.warden.end(record.id, code=7)
     world.warden.up()
-    await ended(record)
+    await ended(world, record)
     assert record.life.exit_code == 7 and await output(tasks, record) == b"meanwhile"
 
 
@@ -296,7 +308,7 @@ async def test_a_start_whose_answer_was_lost_runs_once(world: World) -> None:
     world.warden.up()
     await running(world, record)
     world.warden.end(record.id, code=0)
-    await ended(record)
+    await ended(world, record)
     assert world.warden.started == [record.id] and record.life.epoch == 1
 
 
@@ -346,7 +358,7 @@ async def test_an_attempt_that_is_over_may_do_nothing(world: World) -> None:
     assert world.daemon.callers.identify("10.200.0.3", record.token) is None
     assert world.daemon.callers.identify("10.200.0.2", "guess") is None
     world.warden.end(record.id, code=0)
-    await ended(record)
+    await ended(world, record)
     with pytest.raises(NotPermitted):
         tasks.of_caller(caller)
     await until(lambda: world.daemon is not None and world.daemon.callers.identify("10.200.0.2", caller.token) is None)
@@ -392,7 +404,7 @@ async def test_events_are_in_order_and_can_be_taken_up_again(world: World) -> No
     await tasks.set_progress(record, "half", 0.5)
     await tasks.set_result(record, b'{"a":1}', None)
     world.warden.end(record.id, code=0)
-    await ended(record)
+    await ended(world, record)
     found = [msgspec.json.decode(line) async for line in tasks.events(0, record.id, follow=False)]
     assert [event["event"] for event in found] == [
         "submitted",
@@ -406,3 +418,73 @@ async def test_events_are_in_order_and_can_be_taken_up_again(world: World) -> No
     rest = [msgspec.json.decode(line)["event"] async for line in tasks.events(found[2]["seq"], record.id, follow=False)]
     assert rest == ["progress", "result", "succeeded"]
     assert tasks.result(record).json == b'{"a":1}'
+
+
+async def test_a_follower_with_a_tail_of_zero_sees_only_what_comes(world: World) -> None:
+    tasks = await world.start()
+    record = await submit(tasks)
+    await running(world, record)
+    world.warden.say(record.id, b"old")
+    await until(lambda: tasks.describe(record)["log_bytes"] == 3)
+    frames = tasks.output(record, offset=0, tail=0, follow=True, streams=frozenset({1, 2}))
+    world.warden.say(record.id, b"new")
+    world.warden.end(record.id, code=0)
+    async with asyncio.timeout(5):
+        assert b"".join([frame[FRAME.size :] async for frame in frames]) == b"new"
+
+
+async def test_a_kill_that_was_asked_before_a_restart_is_not_softened(world: World) -> None:
+    record = await submit(await world.start(), grace=3600)
+    await running(world, record)
+    await world.stop()
+    store = Store(world.directory / "state", time.time)
+    (kept,) = store.records()
+    kept.life = msgspec.structs.replace(kept.life, state=State.FINISHING, stopping=Cause.KILLED)
+    await store.save(kept)
+    store.close()
+    sandbox = world.warden.sandboxes[record.id]
+    tasks = await world.start()
+    again = await ended(world, tasks.find(record.id, ROOT))
+    assert (again.life.state, again.life.reason, sandbox.signals) == (State.CANCELLED, "killed", [signal.SIGKILL])
+
+
+async def test_events_are_trimmed_and_what_is_left_stays_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "EVENTS_KEPT", 60)
+    monkeypatch.setattr(store_module, "TRIM_SLICE", 20)
+    store = Store(tmp_path / "state", time.time)
+    await asyncio.gather(*(store.note(None, "denied", n=n) for n in range(200)))
+    seen = [msgspec.json.decode(line)["seq"] async for line in store.events(0)]
+    store.close()
+    assert seen == list(range(141, 201))
+
+
+async def test_a_task_whose_output_cannot_be_kept_does_not_run_and_its_room_is_free_again(world: World) -> None:
+    tasks = await world.start(tasks=1)
+    (world.directory / "logs").write_text("in the way")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    record = await ended(world, await submit(tasks))
+    assert (record.life.state, record.life.reason) == (State.FAILED, "start_failed")
+    assert "output" in (record.life.detail or "")
+    await until(lambda: not world.warden.sandboxes)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    (world.directory / "logs").unlink()
+    await running(world, await submit(tasks))
+
+
+async def test_a_life_of_tasks_leaves_no_descriptor_and_no_thread(world: World) -> None:
+    tasks = await world.start()
+    first = await submit(tasks)
+    await running(world, first)
+    world.warden.end(first.id, code=0)
+    await ended(world, first)
+    await until(lambda: not world.warden.sandboxes)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for record in [await submit(tasks, inputs=[{"path": "x", "base64": "aGk="}]) for _ in range(6)]:
+        await running(world, record)
+        world.warden.say(record.id, b"hello")
+        world.warden.end(record.id, code=1)
+        await ended(world, record)
+    await until(lambda: not world.warden.sandboxes)
+    await until(lambda: (len(os.listdir("/proc/self/fd")), threading.active_count()) == before)
