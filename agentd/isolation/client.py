@@ -82,8 +82,8 @@ class WardenClient:
                     self.connected = True
                     self.ready.set()
                     await self._lost.wait()
-                except TryLater:
-                    await asyncio.sleep(pause)
+                except AgentdError:
+                    await asyncio.sleep(pause)  # both sides are not in step: begin again
             finally:
                 self._disconnect()
 

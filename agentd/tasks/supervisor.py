@@ -35,6 +35,7 @@ DRAIN_S = 10.0
 """How long output may take to end after the last process did."""
 DIE_S = 5.0
 RESOLVE_S = 1.0
+STORE_RETRY_S = 1.0
 RESULT_LIMIT_BYTES = 1 << 20
 CPU_WEIGHTS = {"interactive": 400, "normal": 200, "batch": 50}
 
@@ -207,9 +208,7 @@ class Tasks:
                     "exit_code": record.life.exit_code,
                 }
             if changed or record.life != before:
-                await self._store.save(
-                    record, name, **{key: value for key, value in fields.items() if value is not None}
-                )
+                await self._keep(record, name, {key: value for key, value in fields.items() if value is not None})
             if changed:
                 log.info(
                     f"task {name}",
@@ -231,6 +230,16 @@ class Tasks:
             self._enqueue(record)
         for effect in effects:
             self._carry_out(record, effect)
+
+    async def _keep(self, record: Record, event: str | None, fields: dict[str, Any]) -> None:
+        """Put a transition on disk. What has happened cannot be refused: while the disk is full this waits, and the task with it."""
+        while True:
+            try:
+                await self._store.save(record, event, **fields)
+                return
+            except TryLater as error:
+                log.error("a transition waits for room on the disk", AGENTD_TASK=record.id, error=error.message)
+                await asyncio.sleep(STORE_RETRY_S)
 
     def _carry_out(self, record: Record, effect: states.Effect) -> None:
         epoch = record.life.epoch

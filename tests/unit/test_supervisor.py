@@ -428,6 +428,7 @@ async def test_a_follower_with_a_tail_of_zero_sees_only_what_comes(world: World)
     await until(lambda: tasks.describe(record)["log_bytes"] == 3)
     start = tasks.output_start(record, 0, 0)
     frames = tasks.output(record, offset=start, follow=True, streams=frozenset({1, 2}))
+    frames = tasks.output(record, offset=start, follow=True, streams=frozenset({1, 2}))
     world.warden.say(record.id, b"new")
     world.warden.end(record.id, code=0)
     async with asyncio.timeout(5):
@@ -489,3 +490,28 @@ async def test_a_life_of_tasks_leaves_no_descriptor_and_no_thread(world: World) 
         await ended(world, record)
     await until(lambda: not world.warden.sandboxes)
     await until(lambda: (len(os.listdir("/proc/self/fd")), threading.active_count()) == before)
+
+
+async def test_a_full_disk_delays_a_transition_and_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentd.tasks import supervisor
+
+    monkeypatch.setattr(supervisor, "STORE_RETRY_S", 0.01)
+    tasks = await world.start()
+    record = await submit(tasks)
+    await running(world, record)
+    assert world.daemon is not None
+    save, refusals = world.daemon.store.save, []
+
+    async def full_twice(*arguments: Any, **fields: Any) -> None:
+        if len(refusals) < 2:
+            refusals.append(arguments)
+            raise TryLater("cannot write to the store: no space", code="store_full")
+        await save(*arguments, **fields)
+
+    monkeypatch.setattr(world.daemon.store, "save", full_twice)
+    world.warden.end(record.id, code=4)
+    await until(lambda: not world.warden.sandboxes)
+    assert len(refusals) == 2
+    await world.stop()
+    (kept,) = Store(world.directory / "state", time.time).records()
+    assert (kept.life.state, kept.life.exit_code) == (State.FAILED, 4)
