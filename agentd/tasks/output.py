@@ -103,8 +103,8 @@ class OutputLog:
                     continue
                 if moved == 0:
                     return
-                os.write(self._index, FRAME.pack(stream, self._clock(), moved))
-                self._size += moved
+                self._size += moved  # before anything that may wait: the other stream writes to the same file
+                await self._note(FRAME.pack(stream, self._clock(), moved))
                 self._wake()
                 if self._size >= self._segment_bytes:
                     self._rotate()
@@ -112,6 +112,17 @@ class OutputLog:
         finally:
             loop.remove_reader(pipe)
             os.close(pipe)
+
+    async def _note(self, entry: bytes) -> None:
+        """Write an index entry; where there is no room for it, wait until there is."""
+        while True:
+            try:
+                os.write(self._index, entry)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                    raise
+                await asyncio.sleep(RETRY_S)
 
     def _rotate(self) -> None:
         os.close(self._data)

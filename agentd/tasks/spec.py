@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from enum import StrEnum
 from typing import Any
 
@@ -124,6 +125,8 @@ def parse(raw: object) -> TaskSpec:
 def _check_env(spec: TaskSpec) -> None:
     if len(spec.env) > wire.MAX_ENV - 64 or sum(len(key) + len(value) for key, value in spec.env.items()) > 40_000:
         raise _wrong("env", f"{len(spec.env)} variables", "at most 448, 40,000 characters together")
+    if len(json.dumps([spec.command, spec.env])) > wire.MAX_MESSAGE_BYTES - 16_384:
+        raise _wrong("command", "…", "with env at most 144 KiB as JSON; put data into inputs")
     for key, value in spec.env.items():
         if (
             not key.replace("_", "a").isalnum()

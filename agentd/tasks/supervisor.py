@@ -471,7 +471,12 @@ class Tasks:
                 record.life.state in (State.STARTING, State.RUNNING, State.FINISHING)
                 and record.id not in self._launching
             ):
-                await self._adopt_one(record, found)
+                try:
+                    await self._adopt_one(record, found)
+                except TryLater:
+                    raise  # the warden went away: the next connection begins again
+                except (AgentdError, OSError) as error:  # one that cannot be adopted must not keep the others waiting
+                    log.error("a task could not be adopted", AGENTD_TASK=record.id, error=str(error))
         if self._permitted:
             self.blocked = None
         elif self._refused is None:
